@@ -1,0 +1,1 @@
+"""Networks: the diffusion transformer of stage two and the structure predictor of stage one."""

@@ -1,0 +1,5 @@
+"""Linear degradations y = A x + n, one per file, each with its pseudo-inverse and spectral form."""
+
+from coherent_ddrm.operators.inpainting import Inpainting
+
+__all__ = ["Inpainting"]

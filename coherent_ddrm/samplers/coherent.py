@@ -1,0 +1,42 @@
+"""Coherent sampling, this project's method: known pixels live at t = 0, only the hole is walked through time.
+
+On the hole:   x0_hat = project(denoiser(x_t, t), y);  x_s = alpha_s x0_hat + sigma_s (eta z + sqrt(1 - eta²) eps)
+On the known:  x_s = y, at every s.
+
+The denoiser knows that known pixels are clean (per-token time, as RAD, https://arxiv.org/abs/2412.09191), so it conditions on
+them instead of being corrected by them, and its known tokens can be computed once (context cache).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from coherent_ddrm.denoiser import Denoiser, eps_from_x0
+from coherent_ddrm.operators import Inpainting
+from coherent_ddrm.samplers.ddim import renoise
+from coherent_ddrm.samplers.loop import Rng, Sampler
+
+
+class Coherent(Sampler):
+    """Inpainting with a denoiser that takes clean known pixels.
+
+    Args:
+        denoiser: conditioned on the hole (and the plan) beforehand.
+        operator: Inpainting(hole).
+        y: the picture, (B, C, H, W) in [-1, 1]; hole pixels are not read.
+    """
+
+    def __init__(self, denoiser: Denoiser, operator: Inpainting, y: Tensor, eta: float = 0.0):
+        super().__init__(denoiser)
+        self.operator, self.y, self.eta = operator, y, eta
+
+    def step(self, x_t: Tensor, t: float, s: float, rng: Rng) -> Tensor:
+        alpha_t, sigma_t = self.alpha_sigma(t, x_t)
+        alpha_s, sigma_s = self.alpha_sigma(s, x_t)
+        x_t = self.operator.project(x_t, self.y)
+        x0_hat = self.operator.project(self.predict(x_t, t), self.y)
+        eps = eps_from_x0(x_t, x0_hat, alpha_t, sigma_t)
+        return self.operator.project(renoise(x0_hat, eps, alpha_s, sigma_s, self.eta, rng), self.y)
+
+    def travel(self, x_t: Tensor, t: float, s: float, rng: Rng) -> Tensor:
+        return self.operator.project(super().travel(x_t, t, s, rng), self.y)
