@@ -1,8 +1,9 @@
 """Shards -> batches of uint8, in an order that is a function of (seed, epoch) alone.
 
-Which samples make up global step n depends on seed, batch size and number of samples, not on processes, workers or what ran
-before; so a resumed run, on any number of machines, goes on with exactly the next samples. Reading is by position: an index
-row, then one pread of the sample. Only members with a suffix from a fixed list are decoded, and nothing is unpickled.
+Which samples make up global step n depends on seed, batch size and number of samples, not on processes, workers or
+what ran before; so a resumed run, on any number of machines, goes on with exactly the next samples. Reading is by
+position: an index row, then one pread of the sample. Only members with a suffix from a fixed list are decoded, and
+nothing is unpickled.
 """
 
 import fcntl
@@ -79,7 +80,8 @@ class _File:
 class ShardDataset:
     """Random access to a folder of shards; memory does not grow with the number of samples.
 
-    Safe to use from threads and forked processes, and to pickle. Raises DataError when the folder and its manifest disagree.
+    Safe to use from threads and forked processes, and to pickle. Raises DataError when the folder and its manifest
+    disagree.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -133,7 +135,7 @@ class ShardDataset:
         return Sample(key, image, edges, segmentation, int(row["class_id"]), caption, info)
 
     def batch(self, ids: np.ndarray) -> Batch:
-        """Samples `ids` (B,) stacked: image (B,H,W,3), edges, segmentation (B,H,W) uint8, class_id (B,) int64, key list."""
+        """Samples `ids` (B,) stacked: image (B,H,W,3), edges, segmentation (B,H,W) uint8, class_id (B,) int64, key."""
         count, side = len(ids), self.resolution
         batch: Batch = {
             "image": np.empty((count, side, side, 3), np.uint8),
@@ -163,7 +165,7 @@ class ShardDataset:
         start = INDEX_START + (i - int(self._first[shard])) * INDEX.itemsize
         row = np.frombuffer(self._open(shard)[1].read(start, INDEX.itemsize), INDEX)[0]
         try:
-            key = row_key(row)
+            key = row_key(row, self.manifest["shards"][shard]["bytes"])
         except DataError as error:
             raise DataError(f"{self._tars[shard]}, sample {i}: {error}; run check_shards.py.") from error
         return shard, row, key
@@ -271,7 +273,7 @@ class DecodedCache:
     def _make(self) -> None:
         lock = self.folder / f"cache-{self.dataset_hash[:16]}.lock"
         try:
-            file = open(lock, "w")  # noqa: SIM115  held until the cache is there
+            file = open(lock, "w")  # held until the cache is there
         except OSError as error:
             raise DataError(
                 f"{self.folder}: not writable ({error.strerror}); give a cache folder, or cache=False."
@@ -331,7 +333,7 @@ def open_dataset(
 
 @lru_cache(maxsize=4)
 def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
-    """(length,) all ids once, shuffled. Sorts raw generator output: unlike permutation(), fixed across numpy versions."""
+    """(length,) all ids once, shuffled. By sorting raw output: unlike permutation(), fixed across numpy versions."""
     order = np.argsort(np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(length), kind="stable")
     order.setflags(write=False)
     return order
@@ -368,9 +370,9 @@ def batches(
 ) -> Iterator[tuple[int, Batch]]:
     """(step, this rank's share of the global batch) from `start_step` on, without end.
 
-    Rank r takes ids r, r + world, ... of the step. workers: threads that read ahead, 0 reads on demand; prefetch: batches
-    kept ready. Order and content depend on neither. An error in a thread is raised at its step. Close with .close(), or let
-    it go out of use.
+    Rank r takes ids r, r + world, ... of the step. workers: threads that read ahead, 0 reads on demand; prefetch:
+    batches kept ready. Order and content depend on neither. An error in a thread is raised at its step. Close with
+    .close(), or let it go out of use.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of {world}: ranks count from 0 to {world - 1}.")

@@ -6,6 +6,7 @@ All follow from x_t = alpha_t x_0 + sigma_t z. eps is the estimate of z; v = alp
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -19,6 +20,21 @@ class Denoiser(Protocol):
     schedule: Schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, **condition: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Bound:
+    """A denoiser with its condition filled in: the (x_t, t) -> x0_hat that samplers take."""
+
+    denoiser: Denoiser
+    condition: dict[str, Tensor | None]
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.denoiser(x_t, t, **self.condition)
 
 
 def eps_from_x0(x_t: Tensor, x0: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The one border between picture files and tensors.
 
-Outside: files, uint8 (H, W, 3) RGB arrays, masks whose white is the hole. Inside: float (B, 3, H, W) in [-1, 1] and boolean
-holes. Pixel values are taken as sRGB; colour profiles are not applied, so that what was known stays equal byte for byte.
+Outside: files, uint8 (H, W, 3) RGB arrays, masks whose white is the hole. Inside: float (B, 3, H, W) in [-1, 1] and
+boolean holes. Pixel values are taken as sRGB; colour profiles are not applied, so that what was known stays equal
+byte for byte.
 """
 
 import io
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 Source = str | os.PathLike[str] | bytes
 Policy = Literal["crop", "stretch", "pad"]
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # never EPS and the like, which run programs
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # never EPS and the like, which run programs
+Image.init()  # registers every reader, so that FORMATS can name them
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 256 MB of RGB
 PAD_VALUE = 255  # white around a padded picture; the ignored label around a padded label map
 
@@ -33,9 +35,9 @@ def read_image(
 ) -> np.ndarray:
     """A picture file (path or bytes) as uint8 (H, W, 3) RGB.
 
-    Turned as EXIF says; grey, palette, CMYK and 16-bit pictures are converted; transparency is composited on white; of an
-    animation the first frame counts. `at_least`: a JPEG may be decoded at 1/2, 1/4 or 1/8 size, both sides staying at or
-    above this many pixels. Raises ImageError for an unreadable, truncated or too large file.
+    Turned as EXIF says; grey, palette, CMYK and 16-bit pictures are converted; transparency is composited on white;
+    of an animation the first frame counts. `at_least`: a JPEG may be decoded at 1/2, 1/4 or 1/8 size, both sides
+    staying at or above this many pixels. Raises ImageError for an unreadable, truncated or too large file.
     """
     name = name or _name(source)
     with _open(source, name, max_pixels) as picture:
@@ -94,7 +96,7 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray, format: str | N
 
 
 def encode(image: np.ndarray, format: str, quality: int = 95) -> bytes:
-    """uint8 (H, W, 3) or (H, W) as the bytes of a PNG, WEBP (lossless) or JPEG file. The same pixels give the same bytes."""
+    """uint8 (H, W, 3) or (H, W) as the bytes of a PNG, WEBP (lossless) or JPEG file. Same pixels, same bytes."""
     options = {
         "PNG": {"compress_level": 6},
         "WEBP": {"lossless": True, "quality": 60, "method": 4, "exact": True},
@@ -212,6 +214,9 @@ def _decode(picture: Image.Image, name: str) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
+    """One line that says the same on every run: Pillow's own text for an unknown format holds a memory address."""
+    if isinstance(error, UnidentifiedImageError):
+        return "its format is none of " + ", ".join(FORMATS) + ", or its header is damaged"
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

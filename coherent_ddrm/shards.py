@@ -1,6 +1,6 @@
 """The file format of shards: plain WebDataset tars, an offset index beside each, a manifest beside all.
 
-    shard-000000.tar         USTAR; per sample <key>.png (or .jpg, .webp), <key>.edges.png, <key>.segmentation.png, <key>.json
+    shard-000000.tar         USTAR; per sample <key>.png|jpg|webp, <key>.edges.png, <key>.segmentation.png, <key>.json
     shard-000000.index.npy   one INDEX row per sample
     shard-000000.json        what the shard holds and what was left out, written when the shard is complete
     manifest.json            the whole folder, written when every shard is
@@ -60,7 +60,7 @@ def member_name(key: str, member: str, image_suffix: str) -> str:
 
 
 class ShardWriter:
-    """Writes one shard and its index. Leaving the `with` block whole renames both into place; an error leaves neither."""
+    """Writes one shard and its index. Leaving the `with` block renames both into place; an error leaves neither."""
 
     def __init__(self, folder: Path, shard: int) -> None:
         self.tar_path = folder / f"{shard_name(shard)}.tar"
@@ -71,7 +71,7 @@ class ShardWriter:
 
     def __enter__(self) -> "ShardWriter":
         self._temporary = temporary_name(self.tar_path)
-        self._file = open(self._temporary, "wb")  # noqa: SIM115  closed in __exit__
+        self._file = open(self._temporary, "wb")  # closed in __exit__
         return self
 
     def add(self, key: str, members: dict[str, bytes], image_suffix: str, class_id: int = -1) -> None:
@@ -138,7 +138,7 @@ def split_sample(data: bytes, row: np.void) -> dict[str, bytes]:
 
     Proved by the checksum and by each member's name; what the index does not name is never looked at. Raises DataError.
     """
-    start, length, key = int(row["offset"]), int(row["length"]), row_key(row)
+    start, length, key = int(row["offset"]), int(row["length"]), row["key"].decode("ascii", "replace")
     if len(data) != length or zlib.crc32(data) != row["crc"]:
         raise DataError("damaged (its checksum is wrong)")
     parts = {}
@@ -152,10 +152,11 @@ def split_sample(data: bytes, row: np.void) -> dict[str, bytes]:
     return parts
 
 
-def row_key(row: np.void) -> str:
-    """The key of an INDEX row. Raises DataError if it is none, or if the row makes no sense."""
+def row_key(row: np.void, tar_size: int) -> str:
+    """The key of an INDEX row. Raises DataError if it is none, or if the row points outside its tar."""
     key = row["key"].decode("ascii", "replace")
-    if not KEY.fullmatch(key) or row["image_suffix"] >= len(IMAGE_SUFFIXES) or row["offset"] < 0 or row["length"] <= 0:
+    inside = 0 <= row["offset"] and 0 < row["length"] <= tar_size - row["offset"]
+    if not KEY.fullmatch(key) or row["image_suffix"] >= len(IMAGE_SUFFIXES) or not inside:
         raise DataError(f"its index row (key {key!r}) is damaged")
     return key
 
@@ -172,7 +173,7 @@ def read_index(path: Path) -> np.ndarray:
 
 
 def _index_start() -> int:
-    """Length of the .npy header before INDEX rows. It is the same for any count, as numpy pads it for growing arrays."""
+    """Length of the .npy header before INDEX rows. The same for any count: numpy pads it for growing arrays."""
     lengths = set()
     for rows in (0, 10**9):
         buffer = io.BytesIO()

@@ -1,7 +1,7 @@
 """Structure of a picture: soft edges and segmentation ids, the targets of stage one.
 
-Edges are Canny's (1986) at several scales, on each colour channel, weighted by the step they mark: a silhouette against a
-wall is strong, a fold weak, and two colours of one brightness still meet in an edge.
+Edges are Canny's (1986) at several scales, on each colour channel, weighted by the step they mark: a silhouette
+against a wall is strong, a fold weak, and two colours of one brightness still meet in an edge.
 """
 
 import os
@@ -61,7 +61,7 @@ def connected(levels: np.ndarray) -> np.ndarray:
 
 
 class SegmentationModel:
-    """A Hugging Face semantic segmentation model, by name or folder. Needs the package transformers; loads no pickles."""
+    """A Hugging Face semantic segmentation model, by name or folder. Needs transformers; loads no pickles."""
 
     def __init__(self, name: str) -> None:
         import torch
@@ -76,7 +76,7 @@ class SegmentationModel:
 
     @staticmethod
     def label_names(name: str) -> list[str]:
-        """The names of its classes, by id, from its config alone. Raises ImportError or OSError with a readable message."""
+        """The names of its classes, by id, from its config alone. Raises ImportError or OSError, readable."""
         try:
             from transformers import AutoConfig
         except ImportError as error:
@@ -88,7 +88,7 @@ class SegmentationModel:
         """uint8 (H, W, 3) -> uint8 (H, W) class ids."""
         import torch
 
-        inputs = self.processor(images=image, return_tensors="pt").to(self.device)
+        inputs = self.processor(images=image.copy(), return_tensors="pt").to(self.device)
         with torch.inference_mode():
             outputs = self.model(**inputs)
         sizes = [image.shape[:2]]

@@ -1,10 +1,11 @@
 """Turn a folder tree of pictures into shards: pictures, soft edges and segmentation maps, ready for training.
 
     python data_prep/build_shards.py IMAGES OUT --size 64 --segmentation saliency --classes classes.csv
-    torchrun --nproc-per-node 4 data_prep/build_shards.py IMAGES OUT ...     (or an array job: shard s is made by rank s mod W)
+    torchrun --nproc-per-node 4 data_prep/build_shards.py IMAGES OUT ...      (or an array job: rank r makes shards s
+                                                                               with s mod W = r)
 
-A run that was stopped continues when it is started again. A picture that cannot be used is left out and listed, with the
-reason, in OUT/manifest.json. The same pictures and options give the same bytes, whatever the number of processes.
+A run that was stopped continues when it is started again. A picture that cannot be used is left out and listed, with
+the reason, in OUT/manifest.json. The same pictures and options give the same bytes, whatever the number of processes.
 """
 
 import argparse
@@ -102,7 +103,7 @@ class ClassTable:
     """The CSV of classes and captions, on disk (SQLite) so that its size costs no memory."""
 
     def __init__(self, path: Path | None, columns: tuple[str, str, str]) -> None:
-        self._file = tempfile.NamedTemporaryFile(prefix="classes-", suffix=".sqlite")  # noqa: SIM115  lives as long as self
+        self._file = tempfile.NamedTemporaryFile(prefix="classes-", suffix=".sqlite")  # lives as long as self
         self._table = sqlite3.connect(self._file.name)
         self._table.execute("CREATE TABLE rows (image TEXT PRIMARY KEY, label TEXT, caption TEXT) WITHOUT ROWID")
         self.count = 0
@@ -150,7 +151,7 @@ class ClassTable:
 
 
 def list_inputs(images: Path, out: Path, table: ClassTable) -> dict:
-    """Write OUT/inputs.jsonl, one line per picture; returns counts and a hash. Every rank writes the same file."""
+    """Write a hidden inputs.jsonl, one line per picture; returns counts and a hash. Every rank writes the same one."""
     counts, unused, digest, classed = Counter(), [], hashlib.sha256(), 0
     temporary = temporary_name(out / INPUTS)
     with open(temporary, "wb") as file:
@@ -165,7 +166,6 @@ def list_inputs(images: Path, out: Path, table: ClassTable) -> dict:
             line = json.dumps({"path": path, "class": label, "caption": caption}).encode() + b"\n"
             digest.update(line)
             file.write(line)
-    os.replace(temporary, out / INPUTS)
     return {
         "pictures": counts["picture"],
         "other_files": counts["other"],
@@ -385,21 +385,24 @@ class Workers:
             try:
                 made = future.result()
             except BrokenProcessPool:
-                made = [self._alone(row) for row in chunk]
+                made = self._one_by_one(chunk)
                 self.pool.shutdown(wait=False)
                 self.pool = self._start(self.count)
                 waiting = deque((other, self.pool.submit(_make_chunk, other)) for other, _ in waiting)
             yield from made
 
-    def _alone(self, row: dict) -> Result:
-        """One picture in a process of its own, after some picture of its chunk or of another ended a worker."""
-        pool = self._start(1)
-        try:
-            return pool.submit(_make_chunk, [row]).result()[0]
-        except BrokenProcessPool:
-            return Result(row, skipped="crashed: its decoder ended the worker process (or memory ran out)")
-        finally:
-            pool.shutdown(wait=False)
+    def _one_by_one(self, chunk: list[dict]) -> list[Result]:
+        """Each picture by itself, after some picture of this chunk or of another ended a worker."""
+        made, pool = [], self._start(1)
+        for row in chunk:
+            try:
+                made += pool.submit(_make_chunk, [row]).result()
+            except BrokenProcessPool:
+                reason = "crashed: its decoder ended the worker process (or memory ran out)"
+                made.append(Result(row, skipped=reason))
+                pool = self._start(1)
+        pool.shutdown(wait=False)
+        return made
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
@@ -439,7 +442,7 @@ def _plan_hash(plan: dict) -> str:
 
 
 def finish(out: Path, shard_count: int, plan: dict) -> dict | None:
-    """Write manifest.json if every shard is there, else None. Whichever rank is last does it; two write the same bytes."""
+    """Write manifest.json if every shard is there, else None. The last rank does it; two write the same bytes."""
     if not all(is_done(out, shard, plan) for shard in range(shard_count)):
         return None
     listed, skipped, classes, saliency, largest_id = [], [], Counter(), Counter(), -1
@@ -513,7 +516,9 @@ def make_plan(images: Path, out: Path, options: Options, args: argparse.Namespac
     }
     if not plan["inputs"]["pictures"]:
         raise DataError(f"{images}: no picture in this folder (looked for {' '.join(sorted(SUFFIXES))}).")
-    return agree(out, plan)
+    plan = agree(out, plan)
+    os.replace(temporary_name(out / INPUTS), out / INPUTS)  # only now: a refused run must not touch another's list
+    return plan
 
 
 def kind_for_plan(kind: str, argument: str) -> str:
@@ -577,15 +582,25 @@ def rank_and_world(args: argparse.Namespace) -> tuple[int, int]:
     rank, world = args.rank, args.world
     for rank_name, world_name in pairs:
         if rank is None and rank_name in os.environ and world_name in os.environ:
-            rank, world = int(os.environ[rank_name]), int(os.environ[world_name])
+            rank, world = _number(rank_name), _number(world_name)
             if rank_name == "SLURM_ARRAY_TASK_ID":
-                rank -= int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
+                rank -= _number("SLURM_ARRAY_TASK_MIN")
     rank, world = (0, 1) if rank is None else (rank, world)
     if not 0 <= rank < world:
         raise DataError(
             f"rank {rank} of {world}: ranks count from 0 to {world - 1}; an array job wants --array=0-{world - 1}."
         )
     return rank, world
+
+
+def _number(variable: str) -> int:
+    text = os.environ.get(variable, "0")
+    try:
+        return int(text)
+    except ValueError as error:
+        raise DataError(
+            f"the environment variable {variable} is {text!r}, no number; set it right or unset it."
+        ) from error
 
 
 def clear(out: Path) -> None:
@@ -604,6 +619,13 @@ def build(args: argparse.Namespace) -> int:
         raise DataError(f"{out} lies inside {images}: the shards would become pictures of the next run.")
     options = options_from(args)
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        return build_all(images, out, options, args, rank, world)
+    finally:
+        temporary_name(out / INPUTS).unlink(missing_ok=True)
+
+
+def build_all(images: Path, out: Path, options: Options, args: argparse.Namespace, rank: int, world: int) -> int:
     if args.overwrite:
         if world > 1:
             raise DataError(
@@ -651,9 +673,8 @@ def report(out: Path, manifest: dict) -> None:
         print(f"saliency: {kept} kept, {refused} refused (their segmentation is all 'ignore').")
     if manifest["skipped_count"]:
         reasons = Counter(entry["reason"].split(" (")[0][:60] for entry in manifest["skipped"])
-        print(
-            f"left out: {manifest['skipped_count']} pictures, listed in {MANIFEST}; most often: {reasons.most_common(1)[0][0]}"
-        )
+        common = reasons.most_common(1)[0][0]
+        print(f"left out: {manifest['skipped_count']} pictures, listed in {MANIFEST}; most often: {common}")
     for count, what in (
         (inputs["other_files"], "files that are no pictures"),
         (len(inputs["folders_not_entered"]), "folders, linked or unreadable"),

@@ -61,7 +61,11 @@ class Ragged:
     def pack(self, x: Tensor) -> Tensor:
         """(B, N, C) -> packed."""
         if self.uniform:
-            return x if self.width == x.shape[1] else x[self.sample, self.position].reshape(len(x), self.width, x.shape[-1])
+            return (
+                x
+                if self.width == x.shape[1]
+                else x[self.sample, self.position].reshape(len(x), self.width, x.shape[-1])
+            )
         return x[self.sample, self.position]
 
     def per_sample(self, x: Tensor) -> Tensor:
@@ -88,6 +92,20 @@ class Ragged:
         if self.uniform and self.width == base.shape[1]:
             return x
         return base.index_put((self.sample, self.position), x.reshape(-1, x.shape[-1]).to(base.dtype))
+
+
+class EveryToken:
+    """The same interface for the case that all tokens of all samples take part: nothing to pack, nothing to look up."""
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, N, C) as it is."""
+        return x
+
+    pad = unpad = pack
+
+    def per_sample(self, x: Tensor) -> Tensor:
+        """(B, C) -> (B, 1, C)"""
+        return x[:, None]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -118,17 +136,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Te
     return out.transpose(1, 2).flatten(2)
 
 
-def full_mask(known: Tensor, level: Tensor, block: int, one_way: bool) -> Tensor | None:
-    """Attention mask of block number `block` when all tokens run together; None when nothing is hidden.
+def full_mask(known: Tensor, level: Tensor, block: int, one_way: bool) -> Tensor:
+    """Attention mask of block number `block` when all tokens run together.
 
     Args:
         known: (B, N) bool;  level: (B, N) from `token_levels`.
 
     Returns:
-        (B, N, N) bool or None. A token always sees itself.
+        (B, N, N) bool. A token always sees itself.
     """
-    if not (one_way and bool(known.any())) and int(level.max()) <= block:
-        return None
     B, N = known.shape
     allowed = (level <= block)[:, None, :].expand(B, N, N)
     if one_way:
@@ -145,14 +161,12 @@ def known_mask(tokens: Ragged) -> Tensor | None:
     return keys[:, None, :].expand(-1, tokens.width, -1)
 
 
-def hole_mask(known: Ragged, hole: Ragged, level: Tensor, block: int) -> Tensor | None:
-    """Hole tokens (rows) over [known tokens, hole tokens] (columns), (B, Lh, Lk + Lh) or None when nothing is hidden.
+def hole_mask(known: Ragged, hole: Ragged, level: Tensor, block: int) -> Tensor:
+    """Hole tokens (rows) over [known tokens, hole tokens] (columns), (B, Lh, Lk + Lh).
 
     Args:
         level: (B, Lh), level of each hole token in slot order.
     """
-    if known.uniform and hole.uniform and int(level.max()) <= block:
-        return None
     self_only = torch.eye(hole.width, dtype=torch.bool, device=level.device)
     among_holes = ((level <= block) & hole.valid)[:, None, :] | self_only  # (B, Lh, Lh)
     over_known = known.valid[:, None, :].expand(-1, hole.width, -1)  # (B, Lh, Lk)

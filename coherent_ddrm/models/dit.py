@@ -19,9 +19,27 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from coherent_ddrm.models.attention import Ragged, attend, full_mask, hole_mask, known_mask, split_heads, token_levels
+from coherent_ddrm.models.attention import (
+    EveryToken,
+    Ragged,
+    attend,
+    full_mask,
+    hole_mask,
+    known_mask,
+    split_heads,
+    token_levels,
+)
 from coherent_ddrm.models.fill import pull_push
-from coherent_ddrm.models.layers import Head, Tail, TimeEmbedding, patchify, rotary_table, rotate, token_windows, unpatchify
+from coherent_ddrm.models.layers import (
+    Head,
+    Tail,
+    TimeEmbedding,
+    patchify,
+    rotary_table,
+    rotate,
+    token_windows,
+    unpatchify,
+)
 from coherent_ddrm.schedule import make_schedule
 
 SIZES: dict[str, dict[str, int]] = {
@@ -29,15 +47,42 @@ SIZES: dict[str, dict[str, int]] = {
     "demo": dict(dim=256, depth=6, heads=4, patch=8),
     **{
         f"{name}/{patch}": dict(dim=dim, depth=depth, heads=heads, patch=patch)
-        for name, dim, depth, heads in [("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16), ("XL", 1152, 28, 16)]
+        for name, dim, depth, heads in [
+            ("S", 384, 12, 6),
+            ("B", 768, 12, 12),
+            ("L", 1024, 24, 16),
+            ("XL", 1152, 28, 16),
+        ]
         for patch in (4, 8, 16)
     },
 }
 
 
+def rms_norm(x: Tensor) -> Tensor:
+    """x over its root mean square along the last axis, computed in fp32, in the dtype of x."""
+    h = x.float()
+    return (h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """RMS-normalise the last axis, then scale and shift."""
-    return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return rms_norm(x) * (1 + scale) + shift
+
+
+def norm_rotate(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """QK-norm and rotary positions. x: (B, heads, L, d); cos, sin: (B or 1, 1, L, d / 2)."""
+    return rotate(rms_norm(x) * scale.to(x.dtype), cos.to(x.dtype), sin.to(x.dtype))
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """(.., 2 hidden) -> (.., hidden)"""
+    up, gate = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """x + gate y"""
+    return x + gate * y
 
 
 @dataclass
@@ -46,9 +91,6 @@ class Rotary:
 
     cos: Tensor
     sin: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return rotate(x, self.cos.to(x.dtype), self.sin.to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -66,12 +108,11 @@ class Attention(nn.Module):
     def keys_values(self, source: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """(B, L, source_dim) -> k, v, each (B, heads, L, head_dim)."""
         k, v = (split_heads(part, self.heads) for part in self.kv(source).chunk(2, dim=-1))
-        return rotary(F.rms_norm(k, k.shape[-1:], self.k_scale.to(k.dtype), eps=1e-6)), v
+        return norm_rotate(k, self.k_scale, rotary.cos, rotary.sin), v
 
     def queries(self, x: Tensor, rotary: Rotary) -> Tensor:
         """(B, L, dim) -> (B, heads, L, head_dim)"""
-        q = split_heads(x, self.heads)
-        return rotary(F.rms_norm(q, q.shape[-1:], self.q_scale.to(q.dtype), eps=1e-6))
+        return norm_rotate(split_heads(x, self.heads), self.q_scale, rotary.cos, rotary.sin)
 
 
 @dataclass
@@ -94,7 +135,7 @@ class Block(nn.Module):
         self.structure_modulation = nn.Linear(structure_dim, 2 * dim) if adaln else None
         self.cross = Attention(dim, heads, structure_dim) if cross else None
 
-    def plan(self, structure: Tensor, tokens: Ragged, everywhere: Rotary) -> Plan:
+    def plan(self, structure: Tensor, tokens: Ragged | EveryToken, everywhere: Rotary) -> Plan:
         """What this block needs of the plan tokens (B, N, structure_dim) at the packed `tokens`."""
         shift_scale = keys_values = None
         if self.structure_modulation is not None:
@@ -107,7 +148,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         modulation: Tensor,
-        tokens: Ragged,
+        tokens: Ragged | EveryToken,
         rotary: Rotary,
         plan: Plan | None,
         past: tuple[Tensor, Tensor] | None = None,
@@ -128,12 +169,11 @@ class Block(nn.Module):
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         q = self.attention.queries(tokens.pad(self.attention.q(h)), rotary)
-        x = x + gate1 * self.attention.proj(tokens.unpad(attend(q, k, v, allowed)))
+        x = add_gated(x, gate1, self.attention.proj(tokens.unpad(attend(q, k, v, allowed))))
         if plan is not None and plan.keys_values is not None:
-            q = self.cross.queries(tokens.pad(self.cross.q(F.rms_norm(x, x.shape[-1:], eps=1e-6))), rotary)
+            q = self.cross.queries(tokens.pad(self.cross.q(rms_norm(x))), rotary)
             x = x + self.cross.proj(tokens.unpad(attend(q, *plan.keys_values)))
-        up, gate = self.gate_up(modulate(x, shift2, scale2)).chunk(2, dim=-1)
-        return x + gate2 * self.down(F.silu(gate) * up), own
+        return add_gated(x, gate2, self.down(swiglu(self.gate_up(modulate(x, shift2, scale2))))), own
 
 
 @dataclass
@@ -264,17 +304,18 @@ class DiT(ModelMixin, ConfigMixin):
         hole = torch.ones_like(x_t[:, :1]) if hole is None else hole
         picture = self._picture(x_t, hole)
         known = picture.known_tokens
-        tokens = Ragged(torch.ones_like(known))
+        tokens = EveryToken()
         rotary = self._rotary(x_t)
         plan_tokens = self._structure_tokens(structure, drop_structure, x_t)
         x = picture.embedding + self.embed_noisy(self._noisy_patches(x_t, t, picture))
         times = F.silu(self.time(torch.cat([torch.zeros_like(t), t])).unflatten(0, (2, -1)))  # (2, B, dim): at 0, at t
         pick = known[..., None]  # (B, N, 1)
-        masks = self._full_masks(picture)
+        one_way, reach = self.config.one_way, self.config.reach
         for i, block in enumerate(self.blocks):
             at_0, at_t = block.modulation(times)[:, :, None]  # (B, 1, 6 dim) each: twice per sample, never per token
             plan = None if plan_tokens is None else block.plan(plan_tokens, tokens, rotary)
-            x, _ = block(x, torch.where(pick, at_0, at_t), tokens, rotary, plan, allowed=masks[i])
+            allowed = full_mask(known, picture.level, i, one_way) if one_way or reach else None
+            x, _ = block(x, torch.where(pick, at_0, at_t), tokens, rotary, plan, allowed=allowed)
         features = self._finish(x, times[1], tokens).masked_fill(pick, 0)
         return self._compose(self._pixels(features, x_t, t, picture, None), x_t, t, picture)
 
@@ -329,7 +370,9 @@ class DiT(ModelMixin, ConfigMixin):
     def _picture(self, x: Tensor, hole: Tensor) -> Picture:
         patch = self.config.patch
         if x.shape[-2] % patch or x.shape[-1] % patch:
-            raise ValueError(f"picture is {x.shape[-1]} x {x.shape[-2]}; both sides must be multiples of the patch, {patch}")
+            raise ValueError(
+                f"picture is {x.shape[-1]} x {x.shape[-2]}; both sides must be multiples of the patch, {patch}"
+            )
         if hole.shape != x[:, :1].shape:
             raise ValueError(f"hole has shape {tuple(hole.shape)}; it must be {tuple(x[:, :1].shape)}, one per sample")
         known = (hole < 0.5).to(x.dtype)
@@ -379,14 +422,6 @@ class DiT(ModelMixin, ConfigMixin):
         tokens = self.embed_structure(patchify(structure, patch))
         return tokens if drop is None else torch.where(drop[:, None, None], null.to(tokens.dtype), tokens)
 
-    def _full_masks(self, picture: Picture) -> list[Tensor | None]:
-        deepest = int(picture.level.max())
-        mixed = self.config.one_way and bool(picture.known_tokens.any())
-        return [
-            full_mask(picture.known_tokens, picture.level, i, self.config.one_way) if mixed or deepest > i else None
-            for i in range(len(self.blocks))
-        ]
-
     def _hole_side(
         self, picture: Picture, plan_tokens: Tensor | None, keys_values: list[tuple[Tensor, Tensor]], draws: int
     ) -> Context:
@@ -401,13 +436,11 @@ class DiT(ModelMixin, ConfigMixin):
         level = holes.padded(picture.level)
         deepest = int(level.max()) if level.numel() else 0
         ragged = not (known.uniform and holes.uniform)
-        masks = [
-            hole_mask(known, holes, level, i) if ragged or deepest > i else None for i in range(len(self.blocks))
-        ]
+        masks = [hole_mask(known, holes, level, i) if ragged or deepest > i else None for i in range(len(self.blocks))]
         plans = [None if plan_tokens is None else block.plan(plan_tokens, holes, everywhere) for block in self.blocks]
         return Context(picture, holes, holes.pack(picture.embedding), rotary, keys_values, masks, plans)
 
-    def _finish(self, x: Tensor, time_t: Tensor, tokens: Ragged) -> Tensor:
+    def _finish(self, x: Tensor, time_t: Tensor, tokens: Ragged | EveryToken) -> Tensor:
         shift, scale = tokens.per_sample(self.final_modulation(time_t)).chunk(2, dim=-1)
         return self.final(modulate(x, shift, scale))
 

@@ -63,7 +63,9 @@ class Head(nn.Module):
         super().__init__()
         halvings = int(math.log2(patch))
         widths = [in_channels] + [min(dim, width * 2**i) for i in range(halvings)]
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False)
+        )
         self.out = nn.Linear(widths[-1], dim)
 
     def forward(self, x: Tensor) -> Tensor:

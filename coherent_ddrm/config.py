@@ -1,0 +1,295 @@
+"""Typed configs: plain dataclasses, a YAML file checked in full before any work, overrides on the command line.
+
+A run config has every option that its training script knows. Unknown keys, wrong types and duplicate keys are errors that
+name the key; all of them are listed at once. Only this module knows YAML; library code takes plain keywords.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+STRICT = ConfigDict(extra="forbid")
+Run = TypeVar("Run")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message lists every fault with its key."""
+
+
+@dataclass
+class DataConfig:
+    """Where pictures come from and how they are hidden."""
+
+    __pydantic_config__ = STRICT
+    train: str = "data/clothing64/train"
+    """Folder of shards (data_prep/build_shards.py)."""
+    val: str = "data/clothing64/val"
+    """Folder of shards for validation."""
+    holes: str = "coherent-train"
+    """Maker of training holes, a name of masks.MAKERS."""
+    flip: bool = True
+    """Mirror half of the pictures."""
+    workers: int = 1
+    """Threads that read ahead."""
+
+
+@dataclass
+class OptimConfig:
+    """Optimisation. Learning rates warm up linearly, stay, and fall linearly to 0 over the last share of the steps."""
+
+    __pydantic_config__ = STRICT
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon: Muon for the matrices inside the blocks, AdamW for all else."""
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    warmup: int = 200
+    """Steps of linear warm-up."""
+    cooldown: float = 0.2
+    """Share of the steps over which the rate falls to 0 at the end."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    steps: int = 20_000
+    """Optimizer steps in all."""
+    batch: int = 64
+    """Pictures per optimizer step, over all processes and accumulation steps."""
+    accumulate: int = 1
+    """Passes over which the gradient of one step is summed."""
+    ema: float = 0.999
+    """Decay of the averaged weights, per step."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: matrix products in bf16 (autocast), weights and optimizer in fp32."""
+    compile: bool = False
+    """torch.compile the objective (a minute or two of warm-up)."""
+
+
+@dataclass
+class LogConfig:
+    """How often things are written, in steps."""
+
+    __pydantic_config__ = STRICT
+    every: int = 20
+    validate: int = 500
+    sheet: int = 1000
+    save: int = 500
+    keep: int = 2
+    """Training checkpoints kept."""
+
+
+@dataclass
+class DiTConfig:
+    """The network of stage two: a size of models.dit.SIZES and its switches."""
+
+    __pydantic_config__ = STRICT
+    size: str = "demo"
+    structure_adaln: bool = True
+    structure_cross: bool = True
+    cross_every: int = 2
+    one_way: bool = True
+    reach: int = 2
+    fill: bool = True
+    head: bool = True
+    tail: int = 32
+    data_std: float = 0.45
+    schedule: Literal["flow", "vp-cosine", "vp-linear"] = "flow"
+
+
+@dataclass
+class DiffusionObjective:
+    """What stage two learns from."""
+
+    __pydantic_config__ = STRICT
+    structure: bool = True
+    """Condition on the plan at all."""
+    drop_structure: float = 0.1
+    """Share of samples without a plan, so that guidance on it works."""
+    predictor: str | None = None
+    """Folder of a trained structure predictor whose plans are mixed in; None = true plans only."""
+    predicted: float = 0.5
+    """Share of samples that see the predictor's plan instead of the true one."""
+    prior: float = 0.15
+    """Share of samples with no known pixel (the unconditional prior)."""
+    draws: int = 1
+    """Noisy versions of each picture that share one pass of its known tokens."""
+    time_mean: float = 0.4
+    """Times are sigmoid(mean + std n), n normal; a mean above 0 favours noise."""
+    time_std: float = 1.0
+
+
+@dataclass
+class DiffusionRun:
+    """train/diffusion.py"""
+
+    __pydantic_config__ = STRICT
+    out: str = "runs/diffusion"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: DiTConfig = field(default_factory=DiTConfig)
+    objective: DiffusionObjective = field(default_factory=DiffusionObjective)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass
+class StructureConfig:
+    """The network of stage one."""
+
+    __pydantic_config__ = STRICT
+    encoder: str = "pvt_v2_b0"
+    decoder_dim: int = 64
+    schedule: Literal["flow", "vp-cosine", "vp-linear"] = "flow"
+
+
+@dataclass
+class StructureObjective:
+    """What stage one learns from."""
+
+    __pydantic_config__ = STRICT
+    known_weight: float = 0.1
+    """Weight of known pixels in every loss; hidden ones weigh 1."""
+    edges: float = 1.0
+    segmentation: float = 1.0
+    pure_noise: float = 0.3
+    """Share of samples at t = 1, the time at which the mean plan is read off."""
+
+
+@dataclass
+class StructureRun:
+    """train/structure.py"""
+
+    __pydantic_config__ = STRICT
+    out: str = "runs/structure"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: StructureConfig = field(default_factory=StructureConfig)
+    objective: StructureObjective = field(default_factory=StructureObjective)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def optimizer_options(run: DiffusionRun | StructureRun) -> dict:
+    """The part of a run's `optim` that training.Learner takes."""
+    names = ("optimizer", "lr", "weight_decay", "betas", "warmup", "cooldown", "steps", "ema")
+    return {name: getattr(run.optim, name) for name in names}
+
+
+# ---------------------------------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, which plain YAML resolves silently to the last one."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+    seen: set = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise ConfigError(f"{key!r} stands twice (line {key_node.start_mark.line + 1}); keep one")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_config(kind: type[Run], path: str | Path) -> Run:
+    """The YAML file as a checked `kind`. Raises ConfigError with the file, each faulty key and what is wrong with it."""
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    return check_config(kind, values or {}, str(path))
+
+
+def check_config(kind: type[Run], values: dict, source: str) -> Run:
+    """Plain values as a checked `kind`; `source` is named in errors."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        faults = [f"{source}: {_fault(kind, fault)}" for fault in error.errors()]
+        raise ConfigError("\n".join(faults)) from None
+
+
+def _fault(kind: type, fault: dict) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{key}: {fault['msg']} (got {fault['input']!r})"
+    near = difflib.get_close_matches(key, _keys(kind), n=1)
+    return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _keys(kind: type, prefix: str = "") -> list[str]:
+    keys = []
+    for f in dataclasses.fields(kind):
+        keys.append(prefix + f.name)
+        if dataclasses.is_dataclass(f.default_factory):
+            keys += _keys(f.default_factory, f"{prefix}{f.name}.")
+    return keys
+
+
+def config_hash(config: object) -> str:
+    """Short hash of the resolved values."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def dump_config(config: object) -> str:
+    """The resolved config as YAML that `read_config` reads back."""
+    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+@dataclass
+class Invocation:
+    """What a training script was asked to do, beside its config."""
+
+    dry_run: bool = False
+    """Build everything, print parameters, memory and steps, and stop."""
+
+
+def parse_run(kind: type[Run], argv: Sequence[str] | None = None) -> tuple[Run, Invocation]:
+    """`--config FILE [--dry-run] [--any.key value]` -> (config, invocation). Leaves with code 2 and one line per fault."""
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        path = _take_config(argv)
+        default = read_config(kind, path) if path else kind()
+        invocation = Invocation(dry_run="--dry-run" in argv)
+        argv = [word for word in argv if word != "--dry-run"]
+        config = tyro.cli(
+            kind, args=argv, default=default, description=f"{kind.__doc__}: --config FILE [--dry-run] and"
+        )
+        return check_config(kind, dataclasses.asdict(config), "command line"), invocation
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _take_config(argv: list[str]) -> str | None:
+    for i, word in enumerate(argv):
+        if word.startswith("--config="):
+            return argv.pop(i).split("=", 1)[1]
+        if word == "--config":
+            if i + 1 == len(argv):
+                raise ConfigError("--config needs a YAML file")
+            argv.pop(i)
+            return argv.pop(i)
+    return None
