@@ -1,7 +1,7 @@
 """Typed configs: plain dataclasses, a YAML file checked in full before any work, overrides on the command line.
 
-A run config has every option that its training script knows. Unknown keys, wrong types and duplicate keys are errors that
-name the key; all of them are listed at once. Only this module knows YAML; library code takes plain keywords.
+A run config has every option of its training script. Unknown keys, wrong types and duplicate keys are errors that name
+the key; all of them are listed at once. Only this module knows YAML; library code takes plain keywords.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def read_config(kind: type[Run], path: str | Path) -> Run:
-    """The YAML file as a checked `kind`. Raises ConfigError with the file, each faulty key and what is wrong with it."""
+    """The YAML file as a checked `kind`. Raises ConfigError: the file, each faulty key and what is wrong with it."""
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
@@ -265,7 +265,7 @@ class Invocation:
 
 
 def parse_run(kind: type[Run], argv: Sequence[str] | None = None) -> tuple[Run, Invocation]:
-    """`--config FILE [--dry-run] [--any.key value]` -> (config, invocation). Leaves with code 2 and one line per fault."""
+    """`--config FILE [--dry-run] [--any.key value]` -> (config, invocation). A fault is one line and exit code 2."""
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from coherent_ddrm.errors import UserError
 from coherent_ddrm.images import resize
 
 CONTEXT = 1.6  # side of the square over side of the hole's box
@@ -26,11 +27,24 @@ BLANK = 128  # what a hole pixel is set to: its own colour must not reach the ne
 
 @dataclass(frozen=True)
 class Window:
-    """A square of `side` pixels whose corner is at (top, left); it may reach beyond the picture, which is then mirrored."""
+    """A square of `side` pixels with its corner at (top, left); beyond the border the picture is mirrored."""
 
     top: int
     left: int
     side: int
+
+
+def check_hole(hole: np.ndarray, size: tuple[int, int], name: str) -> None:
+    """UserError unless the hole has the picture's (H, W), a missing and a known pixel."""
+    if hole.shape != size:
+        raise UserError(
+            f"{name} is {hole.shape[1]} x {hole.shape[0]} but its picture is {size[1]} x {size[0]}; "
+            "they must have the same size"
+        )
+    if not hole.any():
+        raise UserError(f"{name} has no white pixel: there is nothing to fill; white marks the hole")
+    if hole.all():
+        raise UserError(f"{name} is white everywhere: no pixel is known; white marks the hole, black what to keep")
 
 
 def choose_window(hole: np.ndarray, resolution: int) -> Window:
@@ -89,6 +103,20 @@ def shrink(picture: np.ndarray, hole: np.ndarray, size: int) -> tuple[np.ndarray
     small = area_resize(np.where(hole[..., None], np.uint8(BLANK), picture), size)
     small[small_hole] = BLANK
     return small.round().astype(np.uint8), small_hole
+
+
+def to_model(
+    picture: np.ndarray, hole: np.ndarray, size: int, name: str = "mask_image"
+) -> tuple[Window, np.ndarray, np.ndarray]:
+    """The window, and picture (size, size, 3) and hole (size, size) in it. UserError if no pixel is known there."""
+    window = choose_window(hole, size)
+    small, small_hole = shrink(cut(picture, window), cut(hole, window), size)
+    if small_hole.all():
+        raise UserError(
+            f"{name} leaves no pixel whole at the model's {size} x {size}: its specks are too fine for "
+            f"{window.side} x {window.side} pixels; fill parts of the picture one by one"
+        )
+    return window, small, small_hole
 
 
 def put_back(picture: np.ndarray, hole: np.ndarray, fill: np.ndarray, window: Window) -> np.ndarray:

@@ -1,7 +1,7 @@
 """From a uint8 batch to what a training step sees: floats, flips, holes, times, noise.
 
-Every random number is keyed by (seed, step, place in the global batch), so that a resumed run, or one on another number of
-processes, sees the same examples.
+Every random number is keyed by (seed, step, place in the global batch), so that a resumed run, or one on another number
+of processes, sees the same examples.
 """
 
 from __future__ import annotations

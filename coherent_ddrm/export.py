@@ -9,10 +9,12 @@ weights. Here each of them is an error that names the file. Nothing in this modu
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ def verify_manifest(folder: Path) -> str:
 
 
 def check_keys(file: Path, allowed: Iterable[str]) -> dict[str, Any]:
-    """The JSON object in `file`; CheckpointError for a key outside `allowed` (keys with an underscore are diffusers')."""
+    """The JSON object in `file`; CheckpointError for keys not in `allowed`; those of diffusers start with "_"."""
     config = read_json(file)
     unknown = sorted(key for key in config if not key.startswith("_") and key not in set(allowed))
     if unknown:
@@ -73,18 +75,67 @@ def check_keys(file: Path, allowed: Iterable[str]) -> dict[str, Any]:
     return config
 
 
-def check_weight_names(folder: Path, expected: Iterable[str]) -> None:
-    """CheckpointError unless the safetensors files in `folder` hold exactly the weights `expected`."""
+def check_components(folder: Path, index: dict[str, Any], classes: dict[str, type]) -> None:
+    """CheckpointError unless the index names `classes` (structure may be null), with known keys in their configs."""
+    for name, kind in classes.items():
+        entry = list(index.get(name) or [None, None])
+        if entry == [None, None] and name == "structure":
+            continue
+        if entry != [kind.__module__, kind.__name__]:
+            raise CheckpointError(f"{folder / INDEX}: {name} is {entry}, not {kind.__module__}.{kind.__name__}")
+        check_keys(folder / name / "config.json", inspect.signature(kind.__init__).parameters)
+
+
+def check_weights(folder: Path, weights: dict[str, Any]) -> None:
+    """CheckpointError unless the safetensors files in `folder` hold exactly `weights`, and these are finite numbers."""
     from safetensors import safe_open
 
     found: set[str] = set()
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="numpy") as weights:
-            found |= set(weights.keys())
-    wrong = sorted(found ^ set(expected))
+        with safe_open(file, framework="numpy") as stored:
+            found |= set(stored.keys())
+    wrong = sorted(found ^ set(weights))
     if wrong:
         state = "missing" if wrong[0] not in found else "unknown"
         raise CheckpointError(f"{folder}: weight {wrong[0]!r} is {state} ({len(wrong)} such); export it again")
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise CheckpointError(f"{folder}: weight {name!r} holds numbers that are not finite (NaN); export it again")
+
+
+def local_folder(checkpoint: str | os.PathLike[str], options: dict[str, Any]) -> Path:
+    """The folder itself, or a snapshot of the Hub repository "org/name". Takes the Hub's options out of `options`.
+
+    diffusers refuses Hub repositories with components from other packages, but loads the same files from a folder.
+    """
+    names = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+    hub = {name: options.pop(name) for name in names if name in options}
+    if os.path.isdir(checkpoint):
+        return Path(checkpoint)
+    if str(checkpoint).count("/") != 1 or str(checkpoint).startswith((".", "/", "~")):
+        raise CheckpointError(f"{checkpoint}: no such checkpoint folder, and no Hub repository (org/name)")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(checkpoint), allow_patterns=["*.json", "*.safetensors", "*.md"], **hub))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What can be asked of a checkpoint without loading it."""
+
+    resolution: int
+    labels: int  # of the plan; 0 = it takes none
+    planner: bool  # whether it predicts plans
+
+
+def read_facts(folder: Path) -> Facts:
+    """Facts from the checkpoint's JSON files. CheckpointError where they are not there."""
+    index, network = read_json(folder / INDEX), read_json(folder / "transformer" / "config.json")
+    try:
+        channels = int(network["structure_channels"])
+        return Facts(int(index["resolution"]), max(0, channels - 1), bool((index.get("structure") or [None])[0]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: no resolution or structure_channels in its JSON files ({error})") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -115,7 +166,7 @@ def tidy(folder: Path) -> None:
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Move a finished export into place. A new folder appears at once; an old one has its files replaced, manifest last.
+    """Move a finished export into place. A new folder appears at once; an old one gets new files, manifest last.
 
     Other files in an old folder, such as its README.md, stay.
     """
@@ -150,7 +201,7 @@ def sha256(file: Path) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of the checkpoint's files, relative, with forward slashes: the index and all that lies in its components."""
+    """Relative names of the checkpoint's files, with forward slashes: the index and all in its components."""
     names = [INDEX] if (folder / INDEX).is_file() else []
     for component in COMPONENTS:
         files = sorted(path for path in (folder / component).rglob("*") if not path.is_dir())

@@ -10,8 +10,9 @@ SIGMA_FLOOR = 0.05  # below it the v-weight would blow rounding up (as in JiT, h
 def v_weight(sigma_t: Tensor) -> Tensor:
     """What turns a squared error of x0_hat into the squared error of v: 1 / sigma_t².
 
-    With x_t given, z = (x_t - alpha_t x0) / sigma_t. Flow: v = z - x0 changes by -(alpha_t / sigma_t + 1) = -1 / sigma_t per
-    unit of x0; variance preserving: v = alpha_t z - sigma_t x0 by -(alpha_t² + sigma_t²) / sigma_t, the same.
+    With x_t given, z = (x_t - alpha_t x0) / sigma_t. Per unit of x0, flow's v = z - x0 changes by
+    -(alpha_t / sigma_t + 1) = -1 / sigma_t, and variance preserving's v = alpha_t z - sigma_t x0 by
+    -(alpha_t² + sigma_t²) / sigma_t, the same.
     """
     return sigma_t.clamp(min=SIGMA_FLOOR) ** -2
 

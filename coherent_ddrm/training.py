@@ -1,7 +1,7 @@
 """The parts of a training run: averaged weights, optimizers, rate, run folder, checkpoints, log.
 
-Only safetensors and JSON are written and read. A checkpoint is written beside its final name and renamed, so a killed run
-never leaves half of one.
+Only safetensors and JSON are written and read. A checkpoint is written beside its final name and renamed, so a killed
+run never leaves half of one.
 """
 
 from __future__ import annotations
@@ -213,9 +213,7 @@ class RunFolder:
         changed = [k for k in changed if not any(k == free or k.startswith(free + ".") for free in self.FREE)]
         if changed:
             listed = "; ".join(f"{k} was {theirs.get(k)!r}, is {mine.get(k)!r}" for k in changed)
-            raise ConfigError(
-                f"{checkpoint} was trained with another config ({listed}); choose another --out, or put it back"
-            )
+            raise ConfigError(f"{checkpoint} has another config ({listed}); choose another --out, or put it back")
 
 
 def _plain(config: object) -> dict:

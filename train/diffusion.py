@@ -2,8 +2,8 @@
 
     accelerate launch train/diffusion.py --config configs/clothing_64.yaml [--dry-run] [--any.key value]
 
-The same command again resumes. Out: config.yaml, log.jsonl, sheets/, tensorboard/, checkpoints/ and export/ (the averaged
-weights, ready for the pipeline).
+The same command again resumes. In the run folder: config.yaml, log.jsonl, sheets/, tensorboard/, checkpoints/ and
+export/ (the averaged weights, ready for the pipeline).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-from coherent_ddrm.sheets import contact_sheet, plan_preview
 from torch import Tensor, nn
 
 from coherent_ddrm.config import DiffusionRun, optimizer_options, parse_run
@@ -28,6 +27,7 @@ from coherent_ddrm.operators import Inpainting
 from coherent_ddrm.rng import keyed_generator, normal
 from coherent_ddrm.samplers import Coherent, sample
 from coherent_ddrm.schedule import add_noise, expand, time_grid
+from coherent_ddrm.sheets import contact_sheet, plan_preview
 from coherent_ddrm.training import (
     Learner,
     Log,
@@ -107,7 +107,7 @@ class Validation:
 
     @torch.no_grad()
     def scores(self, net: DiT, size: int = 40) -> dict[str, float]:
-        """v-weighted loss and squared error of x0_hat in the hole (mean over VALIDATION_TIMES), one-step PSNR at t = 1."""
+        """v-weighted loss and squared error of x0_hat in the hole, mean over VALIDATION_TIMES; PSNR of one step from t = 1."""
         error = torch.zeros(len(VALIDATION_TIMES), len(self.x0))
         for i, t in enumerate(VALIDATION_TIMES):
             for rows in torch.arange(len(self.x0)).split(size):

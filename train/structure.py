@@ -2,8 +2,8 @@
 
     accelerate launch train/structure.py --config configs/clothing_64_structure.yaml [--dry-run] [--any.key value]
 
-The same command again resumes. Out: config.yaml, log.jsonl, sheets/, tensorboard/, checkpoints/ and export/ (the averaged
-weights, ready for stage two and for the pipeline).
+The same command again resumes. In the run folder: config.yaml, log.jsonl, sheets/, tensorboard/, checkpoints/ and
+export/ (the averaged weights, ready for stage two and for the pipeline).
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from coherent_ddrm.models.structure import StructurePredictor, decode_structure,
 from coherent_ddrm.rng import keyed_generator, normal
 from coherent_ddrm.schedule import add_noise
 from coherent_ddrm.sheets import contact_sheet, plan_preview
-from coherent_ddrm.structure_losses import edge_f1, edge_loss, region_weight, segmentation_iou, segmentation_loss
+from coherent_ddrm.structure_losses import (
+    edge_counts,
+    edge_loss,
+    f1,
+    iou,
+    region_weight,
+    segmentation_counts,
+    segmentation_loss,
+)
 from coherent_ddrm.training import (
     Learner,
     Log,
@@ -35,6 +43,9 @@ from coherent_ddrm.training import (
     prepare,
     readable_errors,
 )
+
+IGNORE = 255
+EDGE_THRESHOLD = 0.2  # a mean plan spreads an edge over the places where it may be, so its peaks are low
 
 
 class Objective(nn.Module):
@@ -48,7 +59,8 @@ class Objective(nn.Module):
         """s_t: (B, 1 + L, H, W); edges, labels: (B, H, W) uint8 -> (B,)"""
         edge_logit, segmentation_logits = self.net.logits(s_t, t, picture, hole)
         weight = region_weight(hole, self.known_weight)
-        loss = self.edges * edge_loss(edge_logit, edges[:, None].float() / 255, weight)
+        alpha_t, _ = self.net.schedule(t)
+        loss = self.edges * edge_loss(edge_logit, edges[:, None].float() / 255, weight, dice_weight=0.5 * alpha_t)
         return loss + self.segmentation * segmentation_loss(segmentation_logits, labels, weight)
 
 
@@ -66,7 +78,9 @@ class Validation:
     def __init__(self, folder: str, num_labels: int, device: torch.device):
         source = open_dataset(folder)
         batch = source.batch(np.arange(len(source)))
-        holes = [make_holes(self.HOLES[i % 3], 1, *batch["image"].shape[1:3], seed=(1, i))[0] for i in range(len(source))]
+        holes = [
+            make_holes(self.HOLES[i % 3], 1, *batch["image"].shape[1:3], seed=(1, i))[0] for i in range(len(source))
+        ]
         self.picture = to_tensor(batch["image"]).to(device)
         self.hole = torch.from_numpy(np.stack(holes)).float().to(device)
         self.edges, self.labels = (torch.from_numpy(batch[k]).to(device) for k in ("edges", "segmentation"))
@@ -78,15 +92,16 @@ class Validation:
 
     @torch.no_grad()
     def scores(self, net: StructurePredictor) -> dict[str, float]:
-        """Edge F1 and mean IoU of the mean plan on hidden pixels; foreground IoU: any label but 0."""
+        """Edge F1, mean IoU over labels, and IoU of foreground (any label but 0), of the mean plan on hidden pixels."""
         plans = torch.cat([self.plans(net, rows) for rows in torch.arange(len(self.picture)).split(64)])
         edges, labels = decode_structure(plans)
-        where = self.hole[:, 0] > 0
-        foreground = [torch.where(x == 255, x, (x > 0).to(x.dtype)) for x in (labels, self.labels)]
+        strength, truth = (x[:, None].float() / 255 for x in (edges, self.edges))
+        foreground = [torch.where(x == IGNORE, x, (x > 0).to(x.dtype)) for x in (labels, self.labels)]
+        per_label = iou(segmentation_counts(labels, self.labels, self.num_labels, self.hole).sum(dim=0))
         return {
-            "val_edge_f1": float(edge_f1(edges.float() / 255, self.edges.float() / 255, where=where)),
-            "val_iou": float(segmentation_iou(labels, self.labels, self.num_labels, where)),
-            "val_foreground_iou": float(segmentation_iou(*foreground, 2, where)),
+            "val_edge_f1": float(f1(edge_counts(strength, truth, self.hole, threshold=EDGE_THRESHOLD).sum(dim=0))),
+            "val_iou": float(per_label.nanmean()),
+            "val_foreground_iou": float(iou(segmentation_counts(*foreground, 2, self.hole).sum(dim=0))[1]),
         }
 
     @torch.no_grad()
@@ -94,8 +109,11 @@ class Validation:
         """Input, mean plan, two sampled plans, truth; uint8 picture."""
         rows = torch.arange(count)
         seen = to_uint8(self.picture[:count] * (1 - self.hole[:count]))
-        plans = [self.plans(net, rows), self.plans(net, rows, steps=10), encode_structure(
-            self.edges[:count], self.labels[:count], self.num_labels)]
+        plans = [
+            self.plans(net, rows),
+            self.plans(net, rows, steps=10),
+            encode_structure(self.edges[:count], self.labels[:count], self.num_labels),
+        ]
         previews = [plan_preview(*(x.cpu().numpy() for x in decode_structure(plan))) for plan in plans]
         columns = [seen, *previews, to_uint8(self.picture[:count])]
         titles = ["input", "mean plan", "plan, 10 steps", "true plan", "truth"]
@@ -135,9 +153,9 @@ def train(run: StructureRun, dry_run: bool) -> None:
             break
         learner.set_rate(step)
         for part, places in passes(batch, share, rank, world):
-            examples = make_examples(
-                part, run.data.holes, run.seed, step, places, run.optim.batch, run.data.flip
-            ).to(device)
+            examples = make_examples(part, run.data.holes, run.seed, step, places, run.optim.batch, run.data.flip).to(
+                device
+            )
             t = structure_time(examples.u[:, 0], examples.choice[:, 3], run.objective.pure_noise)
             s0 = encode_structure(examples.edges, examples.segmentation, labels)
             s_t = add_noise(net.schedule, s0, t, normal(s0, examples.rng))

@@ -1,11 +1,11 @@
 """Stage one: a light transformer that plans edges and segmentation, an x0-denoiser over structure maps.
 
-SegFormer https://arxiv.org/abs/2105.15203 (all-MLP decoder); PVTv2 https://arxiv.org/abs/2106.13797 (encoder, from timm);
-SGDM, p(structure | masked picture, hole), then p(picture | structure): METHODS.md section 10.
+SegFormer https://arxiv.org/abs/2105.15203 (all-MLP decoder); PVTv2 https://arxiv.org/abs/2106.13797 (encoder, from
+timm); SGDM: p(structure | masked picture, hole), then p(picture | structure).
 
-A structure map, or plan, has 1 + num_labels channels in [-1, 1]: 2 edge - 1, then 2 one-hot - 1. It is noised as pictures
-are, s_t = alpha_t s0 + sigma_t z. One step from t = 1 gives the posterior mean given the picture, which is the same for
-every seed; N steps give one plausible plan per seed.
+A structure map, or plan, has 1 + num_labels channels in [-1, 1]: 2 edge - 1, then 2 one-hot - 1. It is noised as
+pictures are, s_t = alpha_t s0 + sigma_t z. One step from t = 1 gives the posterior mean given the picture, which is the
+same for every seed; N steps give one plausible plan per seed.
 
 The noisy map enters as *evidence*. If a channel is 1 or -1, with spread v around either, then a pixel of s_t adds
 2 alpha_t s_t / (v alpha_t² + sigma_t²) to its logit (Bayes' rule with two Gaussians). The network reads this number and
@@ -31,8 +31,8 @@ from coherent_ddrm.samplers import DDIM, sample
 from coherent_ddrm.schedule import Schedule, expand, make_schedule, time_grid
 
 IGNORE = 255  # segmentation id of a pixel without a label
-SPREAD = 0.5  # v; soft edges lie between -1 and 1, so the evidence of a clean map must stay finite: at t = 0 it is 2 s0 / v
-MAP_CHANNELS = 12  # the map's channels are reduced to so many before anything else reads them
+SPREAD = 0.5  # v; keeps the evidence of a clean map, 2 s0 / v, moderate: soft edges are neither 1 nor -1
+MAP_CHANNELS = 11  # the map is reduced to so many; with picture, known and time 16, a count that convolutions like
 
 
 def upsample(x: Tensor, like: Tensor) -> Tensor:
@@ -47,13 +47,13 @@ class TimedConv(nn.Module):
     took a quarter of a training step. The bias comes before the norm: a faint signal stays faint beside it.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, time_dim: int, stride: int = 1):
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.scale_shift = nn.Linear(time_dim, 2 * out_channels)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x: (B, C, H, W); time: (B, time_dim) -> (B, out, H / stride, W / stride)"""
+        """x: (B, C, H, W); time: (B, time_dim) -> (B, out, H, W)"""
         x = self.conv(x).permute(0, 2, 3, 1)  # (B, H, W, out): no copy, memory is channels-last
         scale, shift = self.scale_shift(time)[:, None, None].chunk(2, dim=-1)  # (B, 1, 1, out) each
         x = F.layer_norm(x, x.shape[-1:]).to(scale.dtype)
@@ -63,41 +63,36 @@ class TimedConv(nn.Module):
 class StructurePredictor(ModelMixin, ConfigMixin):
     """The denoiser of stage one: (s_t, t, picture, hole) -> s0_hat, the mean of the plan given all it sees.
 
-    Any size from 32 pixels on. Sides that are no multiple of the encoder's largest stride (32) are extended to one by
-    repeating the border pixels; the output is cropped back.
+    Any size: sides that are no multiple of the encoder's largest stride (32) are extended to one by repeating the
+    border pixels, and the output is cropped back. Training should meet t = 1 often: the mean plan is made there.
 
     Args:
         num_labels: segmentation classes.
         encoder: name of a timm model with `features_only`; built without pretrained weights (no download).
-        decoder_dim: channels of the decoder at the encoder's finest stride; half of it at half, a quarter at full size.
+        decoder_dim: channels of the decoder at the encoder's finest stride; three quarters of it at half size.
         schedule: name of the noise schedule.
     """
 
     @register_to_config
-    def __init__(
-        self, num_labels: int = 21, encoder: str = "pvt_v2_b0", decoder_dim: int = 64, schedule: str = "flow"
-    ):
+    def __init__(self, num_labels: int = 21, encoder: str = "pvt_v2_b0", decoder_dim: int = 64, schedule: str = "flow"):
         super().__init__()
         if decoder_dim % 32:
             raise ValueError(f"decoder_dim is {decoder_dim}; it must be a multiple of 32")
         self.schedule: Schedule = make_schedule(schedule)
-        dim, half, full = decoder_dim, decoder_dim // 2, decoder_dim // 4
-        in_channels = 3 + 1 + 1 + MAP_CHANNELS  # filled picture, known, time, map
+        dim, fine = decoder_dim, decoder_dim * 3 // 4
+        in_channels = 3 + 1 + 1 + MAP_CHANNELS  # filled picture, known, time, noisy map
         self.embed_map = nn.Conv2d(self.channels, MAP_CHANNELS, 1)
         self.backbone = _backbone(encoder, in_channels)
         self.time = TimeEmbedding(dim)
         self.laterals = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in self.backbone.feature_info.channels())
         self.mix = TimedConv(dim, dim, dim)
-        self.detail_full = TimedConv(in_channels, full, dim)
-        self.detail_half = TimedConv(full, half, dim, stride=2)
-        self.to_half = nn.Conv2d(dim, half, 1)
-        self.merge_half = TimedConv(half, half, dim)
-        self.to_full = nn.Conv2d(half, full, 1)
-        self.merge_full = TimedConv(full, half, dim)
-        self.head = nn.Conv2d(half, self.channels, 1)
+        self.detail = TimedConv(4 * in_channels, fine, dim)
+        self.to_fine = nn.Conv2d(dim, fine, 1)
+        self.merge = TimedConv(fine, fine, dim)
+        self.head = nn.Conv2d(fine, 4 * self.channels, 1)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        nn.init.constant_(self.head.bias[:1], -2.0)  # edges are rare: start there, not at one half
+        nn.init.constant_(self.head.bias[:4], -2.0)  # edges are rare: start there, not at one half
 
     @property
     def channels(self) -> int:
@@ -138,19 +133,21 @@ class StructurePredictor(ModelMixin, ConfigMixin):
         return 2 * (alpha_t - alpha_1) / (SPREAD * alpha_t**2 + sigma_t**2) * s_t.float()
 
     def _decode(self, x: Tensor, time: Tensor) -> Tensor:
-        """x: (B, 17, H, W), time: (B, dim) -> (B, 1 + L, H, W). Adding projections is SegFormer's "concatenate, then mix"."""
+        """x: (B, 16, H, W), time: (B, dim) -> (B, 1 + L, H, W).
+
+        SegFormer's decoder (adding projections is its "concatenate, then mix") ends at a quarter of the size, too
+        coarse for edges. So a branch of 2x2 patches, where no pixel is lost, carries the detail at half size.
+        """
         H, W = x.shape[-2:]
         x = self._pad(x).contiguous(memory_format=torch.channels_last)  # what CPU and tensor-core convolutions want
-        full = self.detail_full(x, time)  # (B, dim / 4, H, W)
-        half = self.detail_half(full, time)  # (B, dim / 2, H / 2, W / 2)
         features = [lateral(f) for lateral, f in zip(self.laterals, self.backbone(x), strict=True)]  # dim channels each
         coarse = features[0]  # (B, dim, H / 4, W / 4)
         for feature in features[1:]:
             coarse = coarse + upsample(feature, coarse)
         coarse = self.mix(coarse, time)
-        half = self.merge_half(half + upsample(self.to_half(coarse), half), time)
-        full = self.merge_full(full + upsample(self.to_full(half), full), time)  # (B, dim / 2, H, W)
-        return self.head(full)[..., :H, :W]
+        detail = self.detail(F.pixel_unshuffle(x, 2), time)  # (B, fine, H / 2, W / 2)
+        merged = self.merge(detail + upsample(self.to_fine(coarse), detail), time)
+        return F.pixel_shuffle(self.head(merged), 2)[..., :H, :W]
 
     def _pad(self, x: Tensor) -> Tensor:
         stride = self.backbone.feature_info.reduction()[-1]
@@ -171,7 +168,8 @@ def _backbone(name: str, in_channels: int) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"encoder {name!r} uses batch norm; take one with layer norm, such as pvt_v2_b0")
         if hasattr(module, "fused_attn"):
-            # Keys are few here (PVT reduces them): two matrix products, which on a CPU in bf16 beat torch's fused kernel.
+            # Two matrix products: PVT's keys are few, and on a CPU in bf16 a training step with torch's fused kernel
+            # took 6 times as long.
             module.fused_attn = False
     return net
 
@@ -197,7 +195,10 @@ def encode_structure(edges: Tensor, segmentation: Tensor, num_labels: int) -> Te
 
 
 def decode_structure(plan: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse: plan (B, 1 + L, H, W) -> edges (B, H, W), segmentation (B, H, W), both uint8; 255 where all labels are 0."""
+    """The inverse: plan (B, 1 + L, H, W) -> edges, segmentation, both (B, H, W) uint8.
+
+    Segmentation is the likeliest label, or 255 where all labels are exactly 0.
+    """
     edges = ((plan[:, 0].float() + 1) * 127.5).round().clamp(0, 255).byte()
     classes = plan[:, 1:]
     segmentation = classes.argmax(dim=1).masked_fill((classes == 0).all(dim=1), IGNORE)
@@ -231,12 +232,14 @@ def predict_plan(
 ) -> Tensor:
     """A plan (B, 1 + L, H, W) in [-1, 1] for picture (B, 3, H, W) and hole (B, 1, H, W).
 
-    steps = 1 is the mean plan: the network does not see its noise at t = 1, so no `rng` is needed and the seed is without
+    steps = 1 is the mean plan: at t = 1 the network does not see the noise, so `rng` is not needed and a seed has no
     effect. steps = N is DDIM from noise, one plausible plan per seed; rng holds one generator per picture.
     """
     s_1 = torch.zeros(len(picture), net.channels, *picture.shape[-2:], device=picture.device)
     if rng is not None:
         s_1 = normal(s_1, rng)
     elif steps > 1 or eta:
-        raise ValueError(f"{steps} steps with eta {eta} need rng, one generator per picture; only steps=1, eta=0 does not")
+        raise ValueError(
+            f"{steps} steps with eta {eta} need rng, one generator per picture; only steps=1, eta=0 does not"
+        )
     return sample(DDIM(Bound(net, picture, hole), eta), s_1, time_grid(steps), rng or ())

@@ -1,0 +1,210 @@
+"""`coherent-ddrm <verb>`. A mistake of the user's ends in one line `error: ...` and exit code 2, nothing half-written.
+
+torch is imported by the work itself, after all that can be checked without it, so `--help` and most errors answer at
+once. Other exceptions are faults of the program and keep their traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from coherent_ddrm import __version__
+from coherent_ddrm.errors import UserError
+from coherent_ddrm.images import ImageError
+
+if TYPE_CHECKING:
+    from coherent_ddrm.export import Facts
+    from coherent_ddrm.pipeline import CoherentInpaintPipeline
+
+SAMPLER_NAMES = ("coherent", "ddnm")  # those of scene.py, which imports torch; a test compares
+MISTAKES = (UserError, ImageError, OSError)  # what a user can cause and mend: arguments, files, disks
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises its complaint as a UserError, where argparse itself prints usage lines and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    try:
+        args = build_parser().parse_args(argv)
+        return args.run(args)
+    except MISTAKES as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs. Each sets `run`, a function of the parsed arguments that returns the exit code."""
+    parser = Parser(prog="coherent-ddrm", description="Fill large holes in pictures.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_inpaint(verbs)
+    _add_demo(verbs)
+    return parser
+
+
+def _add_inpaint(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        "inpaint",
+        help="fill the hole of one picture, or of a folder of pictures",
+        description="Fill the white part of MASK in IMAGE. Known pixels come back exactly, at the picture's own size. "
+        "Give two folders to fill many pictures; masks are matched by name.",
+    )
+    verb.add_argument("image", metavar="IMAGE", help="picture, or folder of pictures")
+    verb.add_argument("mask", metavar="MASK", help="mask, white = fill, or folder of masks")
+    verb.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="picture or folder to write; a JSON goes beside"
+    )
+    verb.add_argument(
+        "--candidates", type=positive, default=1, metavar="K", help="results per picture: OUT-1, OUT-2, ..."
+    )
+    verb.add_argument("--sampler", default="coherent", metavar="NAME", help=" or ".join(SAMPLER_NAMES))
+    verb.add_argument(
+        "--structure", metavar="PNG", help="edge map to follow, as --save-structure writes it; folder: folder"
+    )
+    verb.add_argument("--save-structure", metavar="PNG", help="write the planned edges, and .segmentation.png beside")
+    verb.add_argument(
+        "--structure-steps", type=positive, default=1, metavar="N", help="above 1: one plan per candidate"
+    )
+    verb.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="results computed together (default 8)"
+    )
+    _add_common(verb)
+    verb.set_defaults(run=inpaint)
+
+
+def _add_demo(verbs: Any) -> None:
+    verb = verbs.add_parser("demo", help="inpaint a few shipped photographs and write a sheet")
+    verb.add_argument("-o", "--output", default="demo", metavar="DIR", help="folder for sheet.png (default: demo)")
+    verb.add_argument("--pictures", metavar="DIR", help="name.jpg with name.hole.png (default: the shipped ones)")
+    verb.add_argument("--sampler", default="coherent", metavar="NAME", help=" or ".join(SAMPLER_NAMES))
+    _add_common(verb)
+    verb.set_defaults(run=demo, seed=0)
+
+
+def _add_common(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--seed", type=natural, metavar="N", help="same seed, same result (inpaint draws one by default)")
+    verb.add_argument("--steps", type=positive, metavar="N", help="network evaluations (default: the checkpoint's)")
+    verb.add_argument("--checkpoint", metavar="DIR", help="checkpoint folder (default: the shipped one)")
+    verb.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if there is one)"
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number from 0, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+# -- verbs -------------------------------------------------------------------------------------------------------------
+
+
+def inpaint(args: argparse.Namespace) -> int:
+    """Check every input, then load the network, then work."""
+    from tqdm import tqdm
+
+    from coherent_ddrm import jobs
+
+    facts = check_common(args)
+    todo = jobs.list_jobs(args)
+    if facts.labels == 0 and (args.structure or args.save_structure):
+        raise UserError(f"{args.checkpoint} takes no plan; leave --structure and --save-structure out")
+    if not facts.planner and args.save_structure:
+        raise UserError(f"{args.checkpoint} has no structure predictor; leave --save-structure out")
+    warnings = [line for job in todo for line in jobs.check(job, facts)]
+    pipe = load_pipeline(args)
+    args.seed = secrets.randbits(31) if args.seed is None else args.seed
+    for line in warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    start = time.perf_counter()
+    batches = -(-len(todo) // max(1, args.batch_size // args.candidates))
+    total = batches * (args.steps or pipe.config.steps)
+    with tqdm(total=total, desc=f"pictures: {len(todo)}", unit="step") as bar, memory_limits():
+        nfe = max(output.nfe for output in jobs.run(todo, pipe, args, bar))
+    written = [jobs.numbered(todo[0].output, k, args.candidates) for k in range(args.candidates)]
+    where = ", ".join(map(str, written)) if len(todo) == 1 else f"{len(todo)} pictures in {Path(args.output)}"
+    print(f"{where}: {time.perf_counter() - start:.2f} seconds, nfe {nfe}, seed {args.seed}")
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Inpaint the shipped photographs and draw them on one sheet."""
+    from coherent_ddrm.demo import find_pairs, write_sheet
+
+    check_common(args)
+    pairs = find_pairs(None if args.pictures is None else Path(args.pictures))
+    output = write_sheet(pairs, load_pipeline(args), args, Path(args.output) / "sheet.png")
+    print(f"{Path(args.output) / 'sheet.png'}: {output.seconds:.2f} seconds, nfe {output.nfe}")
+    return 0
+
+
+def check_common(args: argparse.Namespace) -> Facts:
+    """What can be wrong before torch is there: the sampler's name, the checkpoint's files. Fills in the checkpoint."""
+    from coherent_ddrm.export import default_checkpoint, read_facts, verify_manifest
+
+    if args.sampler not in SAMPLER_NAMES:
+        raise UserError(f"unknown sampler {args.sampler!r}: choose one of {', '.join(SAMPLER_NAMES)}")
+    args.checkpoint = str(args.checkpoint or default_checkpoint())
+    verify_manifest(Path(args.checkpoint))
+    return read_facts(Path(args.checkpoint))
+
+
+@contextmanager
+def memory_limits() -> Iterator[None]:
+    """Turns a full accelerator into advice."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError("the device ran out of memory; lower --batch-size or --candidates") from error
+
+
+def load_pipeline(args: argparse.Namespace) -> CoherentInpaintPipeline:
+    """The checkpoint on the device, silent. UserError for a device that is not there."""
+    import torch
+    from diffusers.utils import logging
+
+    from coherent_ddrm.pipeline import CoherentInpaintPipeline
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        )
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"device {args.device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu"
+        ) from error
+    pipe = CoherentInpaintPipeline.from_pretrained(args.checkpoint).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""From a picture, its hole and its plan to a sampler that is ready to walk: the pipeline's methods, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from coherent_ddrm.denoiser import Bound
+from coherent_ddrm.models.dit import Context, DiT
+from coherent_ddrm.operators import Inpainting
+from coherent_ddrm.samplers import DDNM, Coherent, Sampler
+from coherent_ddrm.schedule import Schedule
+
+
+@dataclass
+class Scene:
+    """What a method is given: N rows, picture by picture, on the model's device, in fp32."""
+
+    y: Tensor  # (N, 3, R, R) in [-1, 1], 0 in the hole
+    hole: Tensor  # (N, 1, R, R), 1 = missing
+    plan: Tensor | None  # (N, 1 + L, R, R)
+    draws: int  # so many rows after one another share their picture and plan
+
+
+@dataclass
+class Cached:
+    """Stage two with the known tokens of its pictures computed beforehand."""
+
+    net: DiT
+    context: Context
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.net.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.net.denoise(x_t, t, self.context)
+
+
+def make_coherent(net: DiT, scene: Scene, eta: float | None) -> Sampler:
+    """Our method; eta 0 unless given. Known tokens are computed once, if the network's attention allows it."""
+    if net.config.one_way:
+        own = slice(None, None, scene.draws)
+        plan = None if scene.plan is None else scene.plan[own]
+        denoiser = Cached(net, net.context(scene.y[own], scene.hole[own], plan, draws=scene.draws))
+    else:
+        denoiser = Bound(net, {"hole": scene.hole, "structure": scene.plan})
+    return Coherent(denoiser, Inpainting(scene.hole), scene.y, eta or 0.0)
+
+
+def make_ddnm(net: DiT, scene: Scene, eta: float | None) -> Sampler:
+    """The same network as an unconditional prior: it is not told what is known, nor the plan. eta 0.85 unless given."""
+    return DDNM(Bound(net, {}), Inpainting(scene.hole), scene.y, 0.85 if eta is None else eta)
+
+
+SAMPLERS: dict[str, Callable[[DiT, Scene, float | None], Sampler]] = {"coherent": make_coherent, "ddnm": make_ddnm}
