@@ -10,6 +10,7 @@ import numpy as np
 
 from coherent_ddrm.dataset import Batch, ShardDataset
 from coherent_ddrm.shards import DataError, temporary_name, write_json
+
 AT_ONCE = 64  # samples a thread decodes at a time
 
 

@@ -271,7 +271,8 @@ class CoherentInpaintPipeline(DiffusionPipeline):
                 bar.update()
                 if callback is None:
                     return None
-                changed = (callback(self, i, times[i], {name: x_s for name in names}) or {}).get("latents")
+                returned = callback(self, i, times[i], {name: x_s for name in names})
+                changed = returned.get("latents") if isinstance(returned, dict) else None
                 if changed is not None and changed.shape != x_s.shape:
                     raise UserError(f"the callback returned latents {tuple(changed.shape)} for {tuple(x_s.shape)}")
                 return None if changed is None else changed.to(x_s)

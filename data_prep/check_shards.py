@@ -115,7 +115,7 @@ def check_samples(tar: Path, rows: np.ndarray, manifest: dict) -> Iterator[str]:
 
 def check_pictures(folder: Path) -> Iterator[str]:
     """Every sample decodes, has the manifest's size, and only ids that have a name."""
-    from coherent_ddrm.data import IGNORE, ShardDataset
+    from coherent_ddrm.dataset import IGNORE, ShardDataset
 
     dataset = ShardDataset(folder)
     for i in range(len(dataset)):

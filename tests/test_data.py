@@ -188,7 +188,7 @@ def test_it_survives_pickling_and_forking(tmp_path):
 
 
 def test_few_handles_serve_many_shards_and_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr("coherent_ddrm.data.OPEN_SHARDS", 2)
+    monkeypatch.setattr("coherent_ddrm.dataset.OPEN_SHARDS", 2)
     dataset = ShardDataset(make_shards(tmp_path, (1,) * 12))
     before = len(os.listdir("/proc/self/fd"))
     for _, batch in islice(batches(dataset, 12, seed=0, workers=3), 5):

@@ -276,7 +276,7 @@ def test_packing_round_trip(counts):
     packed = tokens.pack(x)
     assert len(tokens) == sum(counts) and packed.reshape(-1, 5).shape == (sum(counts), 5)
     torch.testing.assert_close(tokens.unpad(tokens.pad(packed)), packed)
-    torch.testing.assert_close(tokens.scatter(packed, torch.zeros_like(x)), x * member[..., None])
+    torch.testing.assert_close(tokens.scatter(packed, 4), x * member[..., None])
     per_sample = (packed * 0 + tokens.per_sample(torch.arange(4.0)[:, None])).reshape(-1, 5)[:, 0]
     assert per_sample.tolist() == [float(i) for i, n in enumerate(counts) for _ in range(n)]
     assert EveryToken().pack(x) is x

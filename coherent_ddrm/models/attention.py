@@ -87,11 +87,12 @@ class Ragged:
         """(B, N) values per token -> (B, L) in slot order, zeros in empty slots."""
         return self.pad(self.pack(x[..., None]))[..., 0]
 
-    def scatter(self, x: Tensor, base: Tensor) -> Tensor:
-        """Write packed rows over `base` (B, N, C), which is left alone."""
-        if self.uniform and self.width == base.shape[1]:
+    def scatter(self, x: Tensor, grid: int) -> Tensor:
+        """packed -> (B, grid, C), zeros where no token is."""
+        if self.uniform and self.width == grid:
             return x
-        return base.index_put((self.sample, self.position), x.reshape(-1, x.shape[-1]).to(base.dtype))
+        blank = x.new_zeros(len(self.member), grid, x.shape[-1])
+        return blank.index_put((self.sample, self.position), x.reshape(-1, x.shape[-1]))
 
 
 class EveryToken:
@@ -102,6 +103,10 @@ class EveryToken:
         return x
 
     pad = unpad = pack
+
+    def scatter(self, x: Tensor, grid: int) -> Tensor:
+        """(B, N, C) as it is."""
+        return x
 
     def per_sample(self, x: Tensor) -> Tensor:
         """(B, C) -> (B, 1, C)"""
