@@ -6,6 +6,7 @@ Results take their input's name and format unless the output names others.
 from __future__ import annotations
 
 import json
+import os
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -117,6 +118,9 @@ def _check_paths(jobs: list[Job], candidates: int) -> None:
             edges = [job.save_structure, *(numbered(job.save_structure, k, candidates) for k in range(candidates))]
             outputs += [path for e in dict.fromkeys(edges) for path in (e, segmentation_path(e))]
         for path in outputs:
+            parent = next(folder for folder in path.absolute().parents if folder.exists())
+            if not parent.is_dir() or not os.access(parent, os.W_OK):
+                raise UserError(f"{path}: {parent} is not a folder that can be written to; name another output")
             if path.is_dir():
                 raise UserError(f"{path} is a folder; name a file for the result")
             if path.resolve() in inputs:

@@ -40,7 +40,8 @@ def read_original(path: Path) -> Image.Image:
         frames = getattr(opened, "n_frames", 1)
         opened.seek(0)
         picture = ImageOps.exif_transpose(opened)
-    profile = picture.info.get("icc_profile")
+    converted = picture.mode in ("CMYK", "YCbCr", "LAB", "HSV")  # such a profile would not fit the RGB result
+    profile = None if converted else picture.info.get("icc_profile")
     transparent = "transparency" in picture.info or picture.mode in ("PA", "La", "RGBa")
     if picture.mode.startswith("I"):
         levels = np.asarray(picture)

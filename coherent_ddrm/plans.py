@@ -107,8 +107,10 @@ def _one(given: Given, predicted: Tensor | None, place: Place) -> Tensor:
     if worst >= labels:
         raise UserError(f"the segmentation holds label {worst}; this checkpoint has labels 0 to {labels - 1}")
     plan = encode_structure(torch.from_numpy(edge_map)[None], torch.from_numpy(ids)[None], labels)[0]
-    if segmentation is None:
-        plan[1:] = predicted[1:].to(plan)
+    if predicted is not None:  # labels that agree with the prediction keep its soft values: unedited means unchanged
+        predicted = predicted.to(plan)
+        agree = torch.from_numpy(ids).long() == predicted[1:].argmax(dim=0) if segmentation is not None else True
+        plan[1:] = torch.where(torch.as_tensor(agree), predicted[1:], plan[1:])
     return plan
 
 

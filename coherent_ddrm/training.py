@@ -6,6 +6,7 @@ run never leaves half of one.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -125,9 +126,9 @@ class Learner:
 
     def averaged(self) -> nn.Module:
         """A copy of the network with the averaged weights, in eval mode."""
-        net = type(self.net).from_config(dict(self.net.config))
+        net = copy.deepcopy(self.net)
         self.ema.copy_to(net)
-        return net.to(next(self.net.parameters()).device).eval()
+        return net.eval()
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """File name -> named tensors."""

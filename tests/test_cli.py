@@ -232,6 +232,7 @@ MISTAKES = {  # arguments, what the line says
     "output suffix": (["a.png", "mask.png", "-o", "out.xyz"], ".xyz"),
     "gif": (["a.png", "mask.png", "-o", "out.gif"], "256"),
     "alpha into jpeg": (["alpha.png", "mask.png", "-o", "out.jpg"], "transparency"),
+    "parent is a file": (["a.png", "mask.png", "-o", "text.png/out.png"], "text.png is not a folder"),
     "overwrites the input": (["a.png", "mask.png", "-o", "a.png"], "a.png is an input"),
     "structure size": ([*BASE, "--structure", "wide.png"], "33 x 32"),
     "structure missing": ([*BASE, "--structure", "no.png"], "no.png"),

@@ -8,6 +8,7 @@ export/ (the averaged weights, ready for the pipeline).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -141,8 +142,8 @@ class Validation:
         return contact_sheet([list(row) for row in zip(*pictures, strict=True)], titles)
 
 
-def main() -> None:
-    run, invocation = parse_run(DiffusionRun)
+def main(argv: Sequence[str] | None = None) -> None:
+    run, invocation = parse_run(DiffusionRun, argv)
     with readable_errors():
         train(run, invocation.dry_run)
 

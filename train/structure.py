@@ -8,6 +8,7 @@ export/ (the averaged weights, ready for stage two and for the pipeline).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -120,8 +121,8 @@ class Validation:
         return contact_sheet([list(row) for row in zip(*columns, strict=True)], titles)
 
 
-def main() -> None:
-    run, invocation = parse_run(StructureRun)
+def main(argv: Sequence[str] | None = None) -> None:
+    run, invocation = parse_run(StructureRun, argv)
     with readable_errors():
         train(run, invocation.dry_run)
 
@@ -132,7 +133,7 @@ def train(run: StructureRun, dry_run: bool) -> None:
     torch.manual_seed(run.seed)  # initial weights; nothing after this draws from ambient state
     source = open_dataset(run.data.train)
     labels = source.num_labels
-    net = StructurePredictor(labels, **asdict(run.model)).to(device)
+    net = StructurePredictor(num_labels=labels, **asdict(run.model)).to(device)
     validation = Validation(run.data.val, labels, device)
     folder, learner = RunFolder(run.out, run), Learner(net, **optimizer_options(run))
     start = folder.resume(learner)

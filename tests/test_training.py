@@ -1,0 +1,281 @@
+"""The parts of a run: optimizers, averages, checkpoints; and both training scripts end to end on made-up shards."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+from coherent_ddrm.config import ConfigError, DiffusionRun, OptimConfig, optimizer_options
+from coherent_ddrm.data import ids_for_step
+from coherent_ddrm.examples import logit_normal_time, make_examples
+from coherent_ddrm.losses import diffusion_loss, hole_mean
+from coherent_ddrm.metrics import l1, psnr, ssim
+from coherent_ddrm.models.dit import make_dit
+from coherent_ddrm.training import (
+    EMA,
+    Learner,
+    NonFiniteLoss,
+    RunFolder,
+    check_finite,
+    learning_rate,
+    make_optimizers,
+    passes,
+    per_pass,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def learner_of(optimizer="muon"):
+    torch.manual_seed(0)
+    run = DiffusionRun(optim=OptimConfig(optimizer=optimizer, steps=10, warmup=2))
+    return Learner(make_dit("tiny"), **optimizer_options(run)), run
+
+
+def learn(learner, step):
+    learner.set_rate(step)
+    generator = torch.Generator().manual_seed(step)
+    x_t = torch.randn(2, 3, 16, 16, generator=generator)
+    learner.net(x_t, torch.tensor([0.4, 0.8])).square().mean().backward()
+    for optimizer in learner.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    learner.average(step)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_equals_never_stopped(tmp_path, optimizer):
+    straight, run = learner_of(optimizer)
+    for step in range(6):
+        learn(straight, step)
+    first, _ = learner_of(optimizer)
+    for step in range(3):
+        learn(first, step)
+    RunFolder(tmp_path, run).save(3, first, keep=2)
+    second, _ = learner_of(optimizer)
+    assert RunFolder(tmp_path, run).resume(second) == 3
+    for step in range(3, 6):
+        learn(second, step)
+    for mine, theirs in zip(straight.tensors().values(), second.tensors().values(), strict=True):
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def test_checkpoints_are_pruned_and_half_ones_ignored(tmp_path):
+    learner, run = learner_of()
+    folder = RunFolder(tmp_path, run)
+    for step in (1, 2, 3):
+        folder.save(step, learner, keep=2)
+    (folder.checkpoints / ".step-00000009").mkdir()
+    assert [path.name for path in folder.saved()] == ["step-00000002", "step-00000003"]
+    folder.create()
+    assert not list(folder.checkpoints.glob(".*"))
+
+
+def test_another_config_is_refused_but_longer_runs_are_not(tmp_path):
+    learner, run = learner_of()
+    RunFolder(tmp_path, run).save(1, learner, keep=2)
+    run.optim.steps = 99
+    assert RunFolder(tmp_path, run).resume(learner) == 1
+    run.optim.lr = 0.5
+    with pytest.raises(ConfigError, match=r"optim.lr was 0.001, is 0.5"):
+        RunFolder(tmp_path, run).resume(learner)
+
+
+def test_learning_rate():
+    rates = [learning_rate(step, 1.0, steps=100, warmup=10, cooldown=0.2) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:80] == [1.0] * 71
+    assert rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
+
+
+def test_ema_follows_the_closed_form():
+    net = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(net.weight)
+    ema = EMA(net, decay=0.9)
+    torch.nn.init.ones_(net.weight)
+    expected = 0.0
+    for step in range(50):
+        ema.update(net, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + 1 - decay
+    assert float(ema.weights["weight"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_nothing_is_forgotten():
+    net = make_dit("tiny", structure_channels=3)
+    muon, adamw = make_optimizers(net, "muon", 1e-3, 0.01, (0.9, 0.99))
+    names = {id(p): n for n, p in net.named_parameters()}
+    of = lambda optimizer: [names[id(p)] for group in optimizer.param_groups for p in group["params"]]  # noqa: E731
+    assert sorted(of(muon) + of(adamw)) == sorted(names.values())
+    assert "blocks.0.attention.q.weight" in of(muon) and "blocks.0.modulation.weight" in of(adamw)
+
+
+def test_non_finite_loss_names_step_and_keys():
+    with pytest.raises(NonFiniteLoss, match=r"nan at step 7.*: a, b"):
+        check_finite(float("nan"), 7, ["a", "b"])
+
+
+def test_batches_split_over_processes_and_passes():
+    assert per_pass(64, 2, 4) == 8
+    with pytest.raises(ConfigError, match="64 does not divide over 3 processes"):
+        per_pass(64, 3, 1)
+    ids = ids_for_step(0, 12, 100, 0)
+    places = []
+    for rank in range(2):
+        mine = {"key": [str(i) for i in ids[rank::2]]}
+        for part, where in passes(mine, 3, rank, 2):
+            assert [str(ids[i]) for i in where] == part["key"]
+            places += where
+    assert sorted(places) == list(range(12))
+
+
+# ---- examples and losses ---------------------------------------------------------------------------------------------
+
+
+def made_up_batch(count=8, side=32):
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (count, side, side, 3), np.uint8)
+    maps = generator.integers(0, 3, (2, count, side, side), np.uint8)
+    return {"image": image, "edges": maps[0], "segmentation": maps[1], "key": [str(i) for i in range(count)]}
+
+
+def test_examples_depend_on_their_place_alone():
+    batch = made_up_batch()
+    args = dict(holes="coherent-train", seed=1, step=5, global_batch=8, prior=0.3, draws=2)
+    whole = make_examples(batch, places=range(8), **args)
+    odd = make_examples({k: v[1::2] for k, v in batch.items()}, places=range(1, 8, 2), **args)
+    assert all(torch.equal(getattr(whole, k)[1::2], getattr(odd, k)) for k in ("x0", "hole", "u", "choice", "edges"))
+    assert torch.equal(whole.noise(2)[[2, 3, 6, 7]], odd.noise(2)[:4])
+    assert whole.x0.min() >= -1 and whole.x0.max() <= 1
+    assert torch.equal((whole.u * 8).floor().long(), torch.arange(8)[:, None].expand(8, 2)), "not stratified"
+
+
+def test_flips_move_picture_and_maps_together():
+    batch = made_up_batch(32)
+    batch["edges"] = batch["image"][..., 0]
+    examples = make_examples(batch, "half", 0, 0, range(32), 32)
+    assert torch.equal(((examples.x0[:, 0] + 1) * 127.5).round().byte(), examples.edges)
+    flipped = [(examples.edges[i].numpy() != batch["edges"][i]).any() for i in range(32)]
+    assert 5 < sum(flipped) < 27
+
+
+def test_logit_normal_quantiles():
+    t = logit_normal_time(torch.tensor([0.5, 0.8413447]), mean=0.4, std=1.0)
+    torch.testing.assert_close(t, torch.sigmoid(torch.tensor([0.4, 1.4])), rtol=1e-4, atol=0)
+
+
+def test_diffusion_loss_by_hand():
+    x0 = torch.zeros(1, 3, 2, 2)
+    x0_hat = torch.tensor([[1.0, 2.0], [0.0, 9.0]]).expand(1, 3, 2, 2)
+    hole = torch.tensor([[1.0, 1.0], [1.0, 0.0]])[None, None]
+    assert float(hole_mean(x0_hat**2, hole)) == pytest.approx(5 / 3)
+    assert float(diffusion_loss(x0_hat, x0, hole, torch.tensor([0.5]))) == pytest.approx(5 / 3 / 0.25)
+
+
+def test_metrics_against_scikit_image():
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    generator = np.random.default_rng(0)
+    truth = generator.random((40, 48, 3))
+    x = np.clip(truth + 0.1 * generator.standard_normal(truth.shape), 0, 1)
+    a, b = (torch.from_numpy(v).permute(2, 0, 1)[None] for v in (x, truth))
+    assert float(psnr(a, b)) == pytest.approx(peak_signal_noise_ratio(truth, x, data_range=1), abs=1e-4)
+    theirs = structural_similarity(
+        truth, x, data_range=1, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )
+    assert float(ssim(a, b)) == pytest.approx(theirs, abs=2e-3)
+    where = torch.zeros(1, 1, 40, 48)
+    where[..., :10] = 1
+    assert float(l1(a, b, where)) == pytest.approx(np.abs(x - truth)[:, :10].mean(), abs=1e-6)
+
+
+# ---- both scripts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """A tiny data set: coloured discs at 32 px with true labels."""
+    root = tmp_path_factory.mktemp("discs")
+    (root / "images").mkdir()
+    (root / "labels").mkdir()
+    y, x = np.mgrid[:32, :32]
+    generator = np.random.default_rng(0)
+    for i in range(24):
+        inside = (x - generator.integers(10, 22)) ** 2 + (y - generator.integers(10, 22)) ** 2 < 64
+        picture = np.where(inside[..., None], generator.integers(0, 256, 3), generator.integers(0, 256, 3))
+        Image.fromarray(picture.astype(np.uint8)).save(root / "images" / f"{i:02d}.png")
+        Image.fromarray(inside.astype(np.uint8)).save(root / "labels" / f"{i:02d}.png")
+    command = [sys.executable, ROOT / "data_prep" / "build_shards.py", root / "images", root / "shards", "--size", "32"]
+    subprocess.run([*command, "--segmentation", f"labels:{root / 'labels'}", "--workers", "1"], check=True, cwd=ROOT)
+    return root / "shards"
+
+
+def arguments(out, shards, *options):
+    data = ["--data.train", shards, "--data.val", shards, "--out", out, "--optim.batch", "8", "--optim.precision", "fp32"]
+    log = ["--log.every", "1", "--log.validate", "4", "--log.sheet", "4", "--log.save", "2"]
+    return [str(word) for word in [*data, *log, *options]]
+
+
+def train(script, out, shards, *options):
+    """Run a training script in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    spec = importlib.util.spec_from_file_location(f"train_{script}", ROOT / "train" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(arguments(out, shards, *options))
+
+
+def rows(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def test_both_stages_train_validate_and_resume(tmp_path, shards):
+    """Stage one, then stage two on its plans; stopped at 2 and resumed to 4 equals 4 straight, to the bit."""
+    train("structure", tmp_path / "one", shards, "--optim.steps", "2")
+    assert {"val_edge_f1", "val_iou"} <= rows(tmp_path / "one")[-1].keys()
+    options = ["--model.size", "tiny", "--objective.predictor", tmp_path / "one" / "export", "--optim.warmup", "1"]
+    options += ["--optim.cooldown", "0.0"]
+    train("diffusion", tmp_path / "a", shards, *options, "--optim.steps", "4")
+    for steps in ("2", "4"):
+        train("diffusion", tmp_path / "b", shards, *options, "--optim.steps", steps)
+    a, b = (load_file(tmp_path / run / "checkpoints" / "step-00000004" / "ema.safetensors") for run in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert (tmp_path / "a" / "sheets" / "00000004.png").exists()
+    assert (tmp_path / "a" / "export" / "config.json").exists()
+    losses = [row["loss"] for row in rows(tmp_path / "a") if "loss" in row]
+    assert losses == [row["loss"] for row in rows(tmp_path / "b") if "loss" in row]
+
+
+def test_two_processes_see_what_one_sees(tmp_path, shards):
+    """Two processes of 4 pictures, by torchrun, and one process that accumulates two passes of 4: the same losses."""
+    options = ["--model.size", "tiny", "--optim.steps", "3"]
+    train("diffusion", tmp_path / "one", shards, *options, "--optim.accumulate", "2")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(ROOT / "train" / "diffusion.py"), *arguments(tmp_path / "two", shards, *options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = ([row["loss"] for row in rows(tmp_path / run) if "loss" in row] for run in ("one", "two"))
+    assert one == pytest.approx(two, abs=1e-5)
+
+
+def test_draws_share_a_step(tmp_path, shards):
+    train("diffusion", tmp_path / "k", shards, "--model.size", "tiny", "--optim.steps", "2", "--objective.draws", "2")
+    assert len(rows(tmp_path / "k")) == 3
+
+
+def test_dry_run_writes_nothing_and_faults_are_one_line(tmp_path, shards, capsys):
+    train("diffusion", tmp_path / "dry", shards, "--model.size", "tiny", "--dry-run")
+    assert "parameters" in capsys.readouterr().out and not (tmp_path / "dry").exists()
+    with pytest.raises(SystemExit) as left:
+        train("diffusion", tmp_path / "dry", tmp_path / "nowhere", "--model.size", "tiny")
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error.startswith("error: ") and "nowhere" in error and error.count("\n") == 1
