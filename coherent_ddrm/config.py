@@ -134,6 +134,8 @@ class DiffusionRun:
     __pydantic_config__ = STRICT
     out: str = "runs/diffusion"
     seed: int = 0
+    init: str | None = None
+    """Folder of exported weights to start from (fine-tuning), such as checkpoints/clothing-64/...; None = random."""
     data: DataConfig = field(default_factory=DataConfig)
     model: DiTConfig = field(default_factory=DiTConfig)
     objective: DiffusionObjective = field(default_factory=DiffusionObjective)
@@ -171,6 +173,8 @@ class StructureRun:
     __pydantic_config__ = STRICT
     out: str = "runs/structure"
     seed: int = 0
+    init: str | None = None
+    """Folder of exported weights to start from (fine-tuning), such as checkpoints/clothing-64/...; None = random."""
     data: DataConfig = field(default_factory=DataConfig)
     model: StructureConfig = field(default_factory=StructureConfig)
     objective: StructureObjective = field(default_factory=StructureObjective)

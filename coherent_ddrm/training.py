@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -160,7 +161,7 @@ class RunFolder:
     Raises ConfigError if the folder belongs to a run with another config, unless only keys in FREE differ.
     """
 
-    FREE = ("log", "out", "data.workers", "optim.compile", "optim.steps", "optim.cooldown")
+    FREE = ("log", "out", "init", "data.workers", "optim.compile", "optim.steps", "optim.cooldown")
 
     def __init__(self, out: str, config: object):
         self.folder, self.config = Path(out), config
@@ -290,6 +291,17 @@ def check_finite(loss: float, step: int, keys: Iterable[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- parts of a loop
+
+
+def start_from(net: nn.Module, folder: str | None) -> nn.Module:
+    """`net` with the weights exported to `folder`, or as it is for None. ConfigError unless they fit exactly."""
+    if folder is None:
+        return net
+    try:
+        net.load_state_dict(load_file(Path(folder) / "diffusion_pytorch_model.safetensors"), strict=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"init {folder}: {' '.join(str(error).split())[:300]}") from None
+    return net
 
 
 @contextmanager

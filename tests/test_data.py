@@ -14,7 +14,8 @@ import pytest
 
 from coherent_ddrm.data import DataError, DecodedCache, ShardDataset, batches, ids_for_step, open_dataset
 from coherent_ddrm.images import encode
-from coherent_ddrm.shards import BLOCK, FORMAT, INDEX, ShardWriter, dataset_hash, key_of, read_json, write_json
+from coherent_ddrm.shard_writer import ShardWriter
+from coherent_ddrm.shards import BLOCK, FORMAT, INDEX, dataset_hash, key_of, read_json, write_json
 
 SIDE = 8
 

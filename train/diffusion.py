@@ -39,6 +39,7 @@ from coherent_ddrm.training import (
     per_pass,
     prepare,
     readable_errors,
+    start_from,
 )
 
 VALIDATION_TIMES = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -157,6 +158,7 @@ def train(run: DiffusionRun, dry_run: bool) -> None:
     net = make_dit(**asdict(run.model), structure_channels=1 + labels if labels else 0).to(device)
     predictor = load_predictor(run.objective.predictor, device)
     validation = Validation(run.data.val, labels, predictor, device)
+    net = start_from(net, run.init)
     folder, learner = RunFolder(run.out, run), Learner(net, **optimizer_options(run))
     start = folder.resume(learner)
     share = per_pass(run.optim.batch, world, run.optim.accumulate)

@@ -43,6 +43,7 @@ from coherent_ddrm.training import (
     per_pass,
     prepare,
     readable_errors,
+    start_from,
 )
 
 IGNORE = 255
@@ -135,6 +136,7 @@ def train(run: StructureRun, dry_run: bool) -> None:
     labels = source.num_labels
     net = StructurePredictor(num_labels=labels, **asdict(run.model)).to(device)
     validation = Validation(run.data.val, labels, device)
+    net = start_from(net, run.init)
     folder, learner = RunFolder(run.out, run), Learner(net, **optimizer_options(run))
     start = folder.resume(learner)
     share = per_pass(run.optim.batch, world, run.optim.accumulate)
