@@ -83,6 +83,9 @@ def _add_inpaint(verbs: Any) -> None:
     verb.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help="results computed together (default 8)"
     )
+    verb.add_argument(
+        "--resample", type=positive, default=1, metavar="R", help="passes over the middle of the way (default 1)"
+    )
     _add_common(verb)
     verb.set_defaults(run=inpaint)
 

@@ -36,7 +36,7 @@ from coherent_ddrm.plans import Structure
 from coherent_ddrm.rng import keyed_generator, normal
 from coherent_ddrm.samplers import Sampler, sample
 from coherent_ddrm.scene import SAMPLERS, Scene
-from coherent_ddrm.schedule import time_grid
+from coherent_ddrm.schedule import time_grid, travel_path
 
 CLASSES = {"transformer": DiT, "structure": StructurePredictor}  # what a checkpoint's components may be
 
@@ -147,6 +147,7 @@ class CoherentInpaintPipeline(DiffusionPipeline):
         sampler: str = "coherent",
         eta: float | None = None,
         shift: float | None = None,
+        resample: int = 1,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
@@ -167,6 +168,8 @@ class CoherentInpaintPipeline(DiffusionPipeline):
                 with one entry per picture, None = predict.
             structure_steps: 1 = the mean plan, the same for all candidates; N = a plan of its own for each.
             sampler: a name in `SAMPLERS`; eta and shift override its stochasticity and the checkpoint's time grid.
+            resample: passes over each tenth of the steps in the middle of the way, 1 = none repeated; more cost more
+                evaluations and may mend seams (RePaint's time travel).
             output_type: "pil", "np" (N, H, W, 3) or "pt" (N, 3, H, W), floats in [0, 1].
             callback_on_step_end: called as (pipe, step, t, {"latents": x_s}) after each step, t in [0, 1]; a returned
                 dict with "latents" replaces x_s, (N, 3, R, R) in [-1, 1].
@@ -177,8 +180,10 @@ class CoherentInpaintPipeline(DiffusionPipeline):
         """
         start = time.perf_counter()
         pictures = read_inputs(image, mask_image)
-        steps, shift = num_inference_steps or self.config.steps, self.config.shift if shift is None else shift
-        self._check_arguments(steps, num_inference_steps, candidates, structure_steps, sampler, shift)
+        steps = self.config.steps if num_inference_steps is None else num_inference_steps
+        shift = self.config.shift if shift is None else shift
+        counts = {"candidates": candidates, "structure_steps": structure_steps, "resample": resample}
+        self._check_arguments({"num_inference_steps": steps, **counts}, sampler, shift)
         check_output_type(output_type, pictures)
         keys = seed_keys(generator, len(pictures), candidates)
         windows, y, hole = self._to_model(pictures)
@@ -189,8 +194,9 @@ class CoherentInpaintPipeline(DiffusionPipeline):
             plan = None if plan is None else plan.repeat_interleave(len(keys) // len(plan), dim=0)
             engine = SAMPLERS[sampler](self.transformer, Scene(*rows, plan, draws), eta)
             rng = [keyed_generator(*key) for key in keys]
+            times = travel_path(time_grid(steps, shift), max(1, steps // 10), resample)
             hook = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-            x_0 = self._walk(engine, normal(rows[0], rng), time_grid(steps, shift), rng, *hook)
+            x_0 = self._walk(engine, normal(rows[0], rng), times, rng, *hook)
         repeated = [picture for picture in pictures for _ in range(candidates)]
         squares = [window for window in windows for _ in range(candidates)]
         results = [
@@ -202,13 +208,10 @@ class CoherentInpaintPipeline(DiffusionPipeline):
         output = InpaintOutput(images, described, keys, squares, engine.nfe, planned, seconds)
         return output if return_dict else (images,)
 
-    def _check_arguments(
-        self, steps: int, asked: int | None, candidates: int, structure_steps: int, sampler: str, shift: float
-    ) -> None:
+    def _check_arguments(self, counts: dict[str, int], sampler: str, shift: float) -> None:
         if sampler not in SAMPLERS:
             raise UserError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-        counts = {"num_inference_steps": asked if asked is not None else steps, "candidates": candidates}
-        for name, count in {**counts, "structure_steps": structure_steps}.items():
+        for name, count in counts.items():
             if not isinstance(count, int) or count < 1:
                 raise UserError(f"{name} is {count}; it must be a whole number from 1")
         if not shift > 0:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from coherent_ddrm.denoiser import Bound
-from coherent_ddrm.models.dit import Context, DiT
+from coherent_ddrm.models.dit import DiT, InContext
 from coherent_ddrm.operators import Inpainting
 from coherent_ddrm.samplers import DDNM, Coherent, Sampler
-from coherent_ddrm.schedule import Schedule
 
 
 @dataclass
@@ -24,35 +23,18 @@ class Scene:
     draws: int  # so many rows after one another share their picture and plan
 
 
-@dataclass
-class Cached:
-    """Stage two with the known tokens of its pictures computed beforehand."""
-
-    net: DiT
-    context: Context
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.net.schedule
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.net.denoise(x_t, t, self.context)
-
-
 def make_coherent(net: DiT, scene: Scene, eta: float | None) -> Sampler:
     """Our method; eta 0 unless given. Known tokens are computed once, if the network's attention allows it."""
-    if net.config.one_way:
-        own = slice(None, None, scene.draws)
-        plan = None if scene.plan is None else scene.plan[own]
-        denoiser = Cached(net, net.context(scene.y[own], scene.hole[own], plan, draws=scene.draws))
-    else:
-        denoiser = Bound(net, {"hole": scene.hole, "structure": scene.plan})
-    return Coherent(denoiser, Inpainting(scene.hole), scene.y, eta or 0.0)
+    own = slice(None, None, scene.draws)
+    plan = None if scene.plan is None else scene.plan[own]
+    context = net.context(scene.y[own], scene.hole[own], plan, draws=scene.draws, cached=net.config.one_way)
+    return Coherent(InContext(net, context), Inpainting(scene.hole), scene.y, eta or 0.0)
 
 
 def make_ddnm(net: DiT, scene: Scene, eta: float | None) -> Sampler:
     """The same network as an unconditional prior: it is not told what is known, nor the plan. eta 0.85 unless given."""
-    return DDNM(Bound(net, {}), Inpainting(scene.hole), scene.y, 0.85 if eta is None else eta)
+    prior = InContext(net, net.context(torch.zeros_like(scene.y), cached=False))
+    return DDNM(prior, Inpainting(scene.hole), scene.y, 0.85 if eta is None else eta)
 
 
 SAMPLERS: dict[str, Callable[[DiT, Scene, float | None], Sampler]] = {"coherent": make_coherent, "ddnm": make_ddnm}

@@ -81,7 +81,7 @@ def time_grid(steps: int, shift: float = 1.0) -> list[float]:
 def travel_path(
     times: Sequence[float], length: int, repeats: int, window: tuple[float, float] = (0.3, 0.7)
 ) -> list[float]:
-    """`times` with time travel: at every `length`-th grid point inside `window`, go back `length` points and come again.
+    """`times` with time travel: at every `length`-th grid point in `window`, go back `length` points and come again.
 
     `repeats` passes in all over each such stretch (1 = no travel). `window` is a share of the grid, not a time. Going
     back is one jump: the chain of small forward steps and the single jump are the same Gaussian.

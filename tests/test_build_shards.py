@@ -1,60 +1,18 @@
-"""From folders of all sorts of pictures to shards: nothing crashes, nothing is lost, same input same bytes."""
+"""From folders of all sorts of pictures to shards: nothing crashes, nothing is lost, mistakes are explained."""
 
-import io
-import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from shard_building import SAME, TOOLS, build, build_shards, contents, folder_of, is_sound, make_reference, photo
 
 from coherent_ddrm.data import ShardDataset
 from coherent_ddrm.images import encode
-from coherent_ddrm.shards import key_of, read_json
-
-TOOLS = Path(__file__).parent.parent / "data_prep"
-sys.path.insert(0, str(TOOLS))
-
-import build_shards  # noqa: E402
-import check_shards  # noqa: E402
-
-QUIET = ("--quiet", "--workers", "0")
-
-
-def photo(seed: int, height: int = 24, width: int = 30) -> np.ndarray:
-    """A dark disc on a light, noisy wall."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    disc = np.hypot(y - height / 2, x - width / 2) < 0.33 * height
-    picture = np.where(disc[..., None], rng.integers(0, 90, 3), 210) + rng.normal(0, 4, (height, width, 3))
-    return np.clip(picture, 0, 255).astype(np.uint8)
-
-
-def folder_of(path: Path, count: int) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        (path / f"{i:02d}.png").write_bytes(encode(photo(i), "PNG"))
-    return path
-
-
-def build(images: Path, out: Path, *options: str, size: int = 16, code: int = 0) -> dict | None:
-    command = [str(images), str(out), "--size", str(size), *QUIET, *options]
-    assert build_shards.main(command) == code
-    return read_json(out / "manifest.json") if (out / "manifest.json").exists() else None
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def is_sound(folder: Path) -> bool:
-    return not list(check_shards.check_folder(folder, decode=True))
-
+from coherent_ddrm.shards import key_of
 
 # ---------------------------------------------------------------------------------------------- what goes in
 
@@ -225,110 +183,12 @@ def test_a_segmentation_model(tmp_path, monkeypatch, capsys):
     assert dataset.read(0).segmentation[8, 8] == 1 and dataset.read(0).segmentation[0, 0] == 0
 
 
-# ---------------------------------------------------------------------------------------------- same bytes, always
+# ---------------------------------------------------------------------------------------------- the user's mistakes
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> tuple[Path, Path]:
-    """(pictures, their shards): 11 pictures, one of them bad, in shards of 4."""
-    root = tmp_path_factory.mktemp("reference")
-    images = folder_of(root / "images", 11)
-    (images / "05.png").write_bytes(b"bad")
-    build(images, root / "out", "--samples-per-shard", "4", "--split", "train")
-    return images, root / "out"
-
-
-SAME = ("--samples-per-shard", "4", "--split", "train")
-
-
-def test_two_worker_processes_give_the_same_bytes(reference, tmp_path):
-    images, out = reference
-    build(images, tmp_path / "out", *SAME, "--workers", "2")
-    assert contents(tmp_path / "out") == contents(out)
-
-
-def test_ranks_give_the_same_bytes_in_any_order(reference, tmp_path, monkeypatch):
-    images, out = reference
-    assert build(images, tmp_path / "out", *SAME, "--rank", "1", "--world", "2") is None
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    build(images, tmp_path / "out", *SAME)
-    assert contents(tmp_path / "out") == contents(out)
-
-
-@pytest.mark.parametrize("lost", ["shard-000001.tar", "shard-000001.json", "shard-000002.index.npy", "manifest.json"])
-def test_what_is_missing_is_made_again_and_nothing_else(reference, tmp_path, lost):
-    images, out = reference
-    copy = tmp_path / "out"
-    copy.mkdir()
-    for name, content in contents(out).items():
-        (copy / name).write_bytes(content)
-    (copy / lost).unlink()
-    (copy / ".shard-000001.tar.tmp-elsewhere-1").write_bytes(b"half")
-    kept = (copy / "shard-000000.tar").stat().st_ino
-    build(images, copy, *SAME)
-    if "000001" in lost:  # its own leftovers go with it
-        assert not list(copy.glob(".shard-*"))
-    (copy / ".shard-000001.tar.tmp-elsewhere-1").unlink(missing_ok=True)
-    assert contents(copy) == contents(out) and (copy / "shard-000000.tar").stat().st_ino == kept
-
-
-def test_a_killed_run_continues(reference, tmp_path):
-    images, out = reference
-    copy = tmp_path / "out"
-    command = [sys.executable, str(TOOLS / "build_shards.py"), str(images), str(copy), "--size", "16", *QUIET, *SAME]
-    killed = subprocess.Popen(command)
-    deadline = time.time() + 60
-    while not (copy / "shard-000000.tar").exists() and killed.poll() is None and time.time() < deadline:
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    for name, content in contents(copy).items():
-        if not name.startswith("."):  # what has its name is whole
-            assert content == contents(out)[name]
-    build(images, copy, *SAME)
-    assert {n: c for n, c in contents(copy).items() if n[0] != "."} == contents(out)
-
-
-def test_a_failure_in_the_middle_leaves_no_half_shard(reference, tmp_path, monkeypatch):
-    images, out = reference
-
-    def fail(self, *arguments, **keywords):
-        if len(self.rows) == 2 and self.tar_path.name == "shard-000001.tar":
-            raise OSError(28, "No space left on device")
-        return add(self, *arguments, **keywords)
-
-    add = build_shards.ShardWriter.add
-    monkeypatch.setattr(build_shards.ShardWriter, "add", fail)
-    build(images, tmp_path / "out", *SAME, code=2)
-    assert sorted(p.name for p in (tmp_path / "out").glob("*shard-*")) == [
-        "shard-000000.index.npy",
-        "shard-000000.json",
-        "shard-000000.tar",
-    ]
-    monkeypatch.undo()
-    build(images, tmp_path / "out", *SAME)
-    assert contents(tmp_path / "out") == contents(out)
-
-
-def test_a_picture_that_kills_its_worker_is_left_out(tmp_path, monkeypatch):
-    """The segmentation fault of a decoder, played by a model that ends the process on one picture."""
-    call = "def __call__(self, pixel_values):"
-    crash = f"{call}\n        import os\n        if pixel_values[12, 12, 0] > 200: os._exit(9)\n       "
-    (tmp_path / "transformers.py").write_text(FAKE_TRANSFORMERS.replace(call, crash))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "transformers", raising=False)
-    few = folder_of(tmp_path / "few", 2)
-    (few / "01.png").write_bytes(encode(np.full((24, 24, 3), 250, np.uint8), "PNG"))
-    try:
-        manifest = build(few, tmp_path / "out", "--segmentation", "model:toy", "--workers", "1")
-    finally:
-        sys.modules.pop("transformers", None)
-    assert [entry["path"] for entry in manifest["skipped"]] == ["01.png"] and manifest["samples"] == 1
-    assert "crashed" in manifest["skipped"][0]["reason"]
-
-
-# ---------------------------------------------------------------------------------------------- the user's mistakes
+    return make_reference(tmp_path_factory.mktemp("reference"))
 
 
 @pytest.mark.parametrize(
@@ -426,87 +286,3 @@ def test_ranks_from_the_launcher(monkeypatch, environment, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert build_shards.rank_and_world(build_shards.parser().parse_args(["a", "b"])) == expected
-
-
-# ---------------------------------------------------------------------------------------------- check_shards
-
-
-def problems(folder: Path, capsys) -> str:
-    assert check_shards.main([str(folder)]) == 1
-    return capsys.readouterr().out
-
-
-@pytest.fixture
-def copy(reference, tmp_path) -> Path:
-    for name, content in contents(reference[1]).items():
-        (tmp_path / name).write_bytes(content)
-    return tmp_path
-
-
-def test_a_sound_folder_is_sound(copy, capsys):
-    assert check_shards.main([str(copy), "--decode"]) == 0
-    assert capsys.readouterr().out.endswith("10 samples in 3 shards, 1 left out: sound.\n")
-
-
-def test_a_flipped_byte_is_found_and_named(copy, capsys):
-    dataset = ShardDataset(copy)
-    tar = copy / "shard-000001.tar"
-    content = bytearray(tar.read_bytes())
-    content[int(dataset._row(5)[1]["offset"]) + 600] ^= 4
-    tar.write_bytes(content)
-    found = problems(copy, capsys)
-    assert "shard-000001.tar: its sha256" in found and f"({dataset.key(5)}): damaged" in found
-
-
-def test_a_cut_tar_and_a_missing_one_are_found(copy, capsys):
-    tar = copy / "shard-000001.tar"
-    tar.write_bytes(tar.read_bytes()[:-2048])
-    assert "has" in (found := problems(copy, capsys)) and "sha256" in found
-    tar.unlink()
-    assert "shard-000001.tar: is missing" in problems(copy, capsys)
-
-
-def test_a_missing_member_is_found_even_if_all_hashes_fit(copy, capsys):
-    """A shard rewritten without one edge map, its index and manifest brought into line."""
-    from coherent_ddrm.shards import ShardWriter, dataset_hash, write_json
-
-    dataset = ShardDataset(copy)
-    with ShardWriter(copy, 0) as writer:
-        for i in range(4):
-            shard, row, key = dataset._row(i)
-            members = dataset._members(shard, row, key)
-            if i == 2:
-                del members["edges"]
-            writer.add(key, members, ".png", int(row["class_id"]))
-    manifest = read_json(copy / "manifest.json")
-    manifest["shards"][0] = writer.record()
-    names = manifest["label_names"], manifest["class_names"]
-    write_json(copy / "manifest.json", manifest | {"dataset_hash": dataset_hash(manifest["shards"], *names)})
-    assert f"({dataset.key(2)}): without edges" in problems(copy, capsys)
-
-
-def test_a_shard_too_many_and_false_sums_are_found(copy, capsys):
-    (copy / "shard-000009.tar").write_bytes(b"")
-    assert "shard-000009.tar: not in manifest.json" in problems(copy, capsys)
-    manifest = read_json(copy / "manifest.json")
-    manifest["skipped"] = []
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert "11 pictures went in, 10 samples and 0 left out" in problems(copy, capsys)
-    manifest["label_names"] = ["background"]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert "dataset_hash" in problems(copy, capsys)
-
-
-def test_bytes_that_belong_to_nothing_are_found(copy, capsys):
-    import tarfile
-
-    with tarfile.open(copy / "shard-000000.tar", "a", format=tarfile.USTAR_FORMAT) as tar:
-        info = tarfile.TarInfo("extra.pkl")
-        info.size = 3
-        tar.addfile(info, io.BytesIO(b"abc"))
-    assert "after the last sample" in problems(copy, capsys)
-
-
-def test_a_folder_that_cannot_be_checked(tmp_path, capsys):
-    assert check_shards.main([str(tmp_path)]) == 2
-    assert "no manifest.json" in capsys.readouterr().err

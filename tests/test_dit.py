@@ -1,4 +1,4 @@
-"""The diffusion transformer: cached equals full, who sees whom, the ends of the preconditioning, plain DiT as a special case."""
+"""The diffusion transformer: cached equals full, who sees whom, preconditioning, plain DiT as a special case."""
 
 import pytest
 import torch
@@ -221,14 +221,14 @@ def test_impossible_networks_are_refused(bad):
 
 def test_bad_inputs_name_the_rule():
     net = tiny()
-    x0, hole, t, x_t, structure = pictures()
+    _, hole, t, x_t, structure = pictures()
     with pytest.raises(ValueError, match="multiples of the patch, 8"):
         net(x_t[..., :60], t, hole[..., :60])
     with pytest.raises(ValueError, match="one per sample"):
         net(x_t, t, hole[:1])
     with pytest.raises(ValueError, match="structure has shape"):
         net(x_t, t, hole, structure[:, :2])
-    with pytest.raises(ValueError, match="'huge'.*tiny, demo"):
+    with pytest.raises(ValueError, match=r"'huge'.*tiny, demo"):
         make_dit("huge")
     assert {"S/4", "B/16", "XL/8"} <= set(SIZES)
 

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -56,9 +57,9 @@ def test_time_grid():
 )
 def test_travel_path_costs_what_the_table_says(steps, length, repeats, nfe):
     path = travel_path(time_grid(steps), length, repeats)
-    assert sum(s < t for t, s in zip(path, path[1:], strict=False)) == nfe
+    assert sum(s < t for t, s in pairwise(path)) == nfe
     assert path[0] == 1 and path[-1] == 0
-    assert all(math.isclose(t - s, 1 / steps, abs_tol=1e-9) for t, s in zip(path, path[1:], strict=False) if s < t)
+    assert all(math.isclose(t - s, 1 / steps, abs_tol=1e-9) for t, s in pairwise(path) if s < t)
 
 
 def test_travel_path_with_one_repeat_is_the_grid():

@@ -219,7 +219,8 @@ def shards(tmp_path_factory):
 
 
 def arguments(out, shards, *options):
-    data = ["--data.train", shards, "--data.val", shards, "--out", out, "--optim.batch", "8", "--optim.precision", "fp32"]
+    data = ["--data.train", shards, "--data.val", shards, "--out", out]
+    data += ["--optim.batch", "8", "--optim.precision", "fp32"]
     log = ["--log.every", "1", "--log.validate", "4", "--log.sheet", "4", "--log.save", "2"]
     return [str(word) for word in [*data, *log, *options]]
 

@@ -1,7 +1,7 @@
 """Who may look at whom: known and hole tokens, MAT's layer-wise mask update, and packing of ragged token sets.
 
-MAT, https://arxiv.org/abs/2203.15270, section 3.3: attention trusts valid tokens, and a token next to valid ones becomes
-valid from layer to layer. Here tokens are all in one window, so "next to" is a dilation by `reach` tokens per block.
+MAT, https://arxiv.org/abs/2203.15270, section 3.3: attention trusts valid tokens, and a token next to valid ones
+becomes valid from layer to layer. Here tokens are all in one window, so "next to" is a dilation by `reach` tokens per block.
 On top, known tokens never attend to hole tokens (one-way), which makes them independent of noise and time.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def token_levels(known: Tensor, reach: int) -> Tensor:
-    """The block from which each token may be read: 0 for known tokens, then one more for each `reach` tokens of distance.
+    """The block from which each token may be read: 0 for known ones, then one more for each `reach` tokens of distance.
 
     Args:
         known: (B, h, w) bool, token map of known tokens.

@@ -52,7 +52,7 @@ class Rotary:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with QK-norm and rotary positions; queries from x, keys and values from x or another source."""
+    """Multi-head attention with QK-norm and rotary positions; keys and values from x itself or another source."""
 
     def __init__(self, dim: int, heads: int, source_dim: int):
         super().__init__()

@@ -24,7 +24,7 @@ from coherent_ddrm.models.block import Block, Plan, Rotary, modulate
 from coherent_ddrm.models.fill import pull_push
 from coherent_ddrm.models.layers import Head, Tail, TimeEmbedding, patchify, rotary_table, token_windows, unpatchify
 from coherent_ddrm.models.preconditioning import precondition
-from coherent_ddrm.schedule import make_schedule
+from coherent_ddrm.schedule import Schedule, make_schedule
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": dict(dim=64, depth=2, heads=2, patch=8),
@@ -62,7 +62,7 @@ class DiT(ModelMixin, ConfigMixin):
 
     Args:
         patch, dim, depth, heads: see `SIZES`.
-        structure_channels: channels of the plan, 0 for none; `structure_adaln` and `structure_cross` switch its two ways in.
+        structure_channels: channels of the plan, 0 for none; `structure_adaln` and `structure_cross` switch its ways in.
         cross_every: a block in so many has cross-attention.
         one_way: known tokens ignore hole tokens (needed for the context cache).
         reach: tokens per block by which MAT's mask update spreads; 0 = hole tokens may be read from the first block on.
@@ -244,7 +244,7 @@ class DiT(ModelMixin, ConfigMixin):
             raise ValueError(f"hole has shape {tuple(hole.shape)}; it must be {tuple(x[:, :1].shape)}, one per sample")
 
     def _embed_static(self, seen: Tensor, known: Tensor) -> Tensor:
-        """What a token knows at any time: its filled pixels, which of them are known, and the head's view. (B, N, dim)"""
+        """What a token knows at any time: filled pixels, which of them are known, the head's view. (B, N, dim)"""
         static = torch.cat([seen, known], dim=1)  # (B, C + 1, H, W)
         embedding = self.embed_static(patchify(static, self.config.patch))
         return embedding if self.conv_head is None else embedding + self.conv_head(static)
@@ -309,7 +309,7 @@ class DiT(ModelMixin, ConfigMixin):
 
     def _pixels(self, features: Tensor, centred: Tensor, context: Context) -> Tensor:
         """The raw output (B, C, H, W) from the final features of the tokens that ran; 0 where no token ran."""
-        (B, _, H, W), patch, holes = centred.shape, self.config.patch, context.tokens
+        H, W, patch, holes = *centred.shape[-2:], self.config.patch, context.tokens
         grid = (H // patch) * (W // patch)
         raw = unpatchify(holes.scatter(features, grid), patch, H, W)
         if self.conv_tail is None:
@@ -323,6 +323,21 @@ class DiT(ModelMixin, ConfigMixin):
         row, column = holes.position // (W // patch), holes.position % (W // patch)
         patches = self.conv_tail(windows[holes.sample, row, column]).flatten(1)  # (M, C patch patch)
         return unpatchify(holes.scatter(patches, grid), patch, H, W)
+
+
+@dataclass
+class InContext:
+    """The denoiser (x_t, t) -> x0_hat of pictures whose context is at hand, as samplers take it."""
+
+    net: DiT
+    context: Context
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.net.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.net.denoise(x_t, t, self.context)
 
 
 def _xavier(layer: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Pull-push: a smooth fill of the hole from the known pixels (Gortler et al., The Lumigraph, 1996, section 3.4.2).
 
-Pull: average known pixels into coarser and coarser grids until each cell knows something. Push: go back down, each level
-filling its unknown cells from the coarser one. A few small convolutions, differentiable, any size.
+Pull: average known pixels into coarser and coarser grids until each cell knows something. Push: go back down, each
+level filling its unknown cells from the coarser one. A few small convolutions, differentiable, any size.
 """
 
 from __future__ import annotations

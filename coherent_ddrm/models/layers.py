@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -63,9 +64,7 @@ class Head(nn.Module):
         super().__init__()
         halvings = int(math.log2(patch))
         widths = [in_channels] + [min(dim, width * 2**i) for i in range(halvings)]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
         self.out = nn.Linear(widths[-1], dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +76,7 @@ class Head(nn.Module):
 class Tail(nn.Module):
     """MAT's convolutional tail: two 3x3 convolutions over [token features, pixel inputs] give the output pixels.
 
-    No padding inside: the caller pads by `halo`, so a window around one token gives the same pixels as the whole picture.
+    No padding inside: the caller pads by `halo`, so a window around a token gives the same pixels as the whole picture.
     """
 
     halo = 2
@@ -96,6 +95,6 @@ class Tail(nn.Module):
 
 
 def token_windows(x: Tensor, patch: int, halo: int) -> Tensor:
-    """A view of the window around every token: (B, C, H + 2 halo, W + 2 halo) -> (B, h, w, C, k, k), k = patch + 2 halo."""
+    """A view of every token's window: (B, C, H + 2 halo, W + 2 halo) -> (B, h, w, C, k, k), k = patch + 2 halo."""
     side = patch + 2 * halo
     return x.unfold(2, side, patch).unfold(3, side, patch).permute(0, 2, 3, 1, 4, 5)

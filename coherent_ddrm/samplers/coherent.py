@@ -3,8 +3,8 @@
 On the hole:   x0_hat = project(denoiser(x_t, t), y);  x_s = alpha_s x0_hat + sigma_s (eta z + sqrt(1 - eta²) eps)
 On the known:  x_s = y, at every s.
 
-The denoiser knows that known pixels are clean (per-token time, as RAD, https://arxiv.org/abs/2412.09191), so it conditions on
-them instead of being corrected by them, and its known tokens can be computed once (context cache).
+The denoiser knows that known pixels are clean (per-token time, as RAD, https://arxiv.org/abs/2412.09191), so it
+conditions on them instead of being corrected by them, and its known tokens can be computed once (context cache).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """DDIM, https://arxiv.org/abs/2010.02502, in the letters x_t = alpha_t x0 + sigma_t z.
 
-x_s = alpha_s x0_hat + sigma_s (eta z + sqrt(1 - eta²) eps). eta = 0 is the deterministic sampler (for flow matching, the
-Euler step); eta = 1 replaces all noise. This is DDNM's form of the noise split, not Equation 16's eta.
+x_s = alpha_s x0_hat + sigma_s (eta z + sqrt(1 - eta²) eps). eta = 0 is the deterministic sampler (for flow matching,
+the Euler step); eta = 1 replaces all noise. This is DDNM's form of the noise split, not Equation 16's eta.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Sampler:
         raise TypeError(f"{type(self).__name__} does not define step(x_t, t, s, rng)")
 
     def travel(self, x_t: Tensor, t: float, s: float, rng: Rng) -> Tensor:
-        """x_s ~ q(x_s | x_t) for s > t: x_s = (alpha_s / alpha_t) x_t + sqrt(sigma_s² - (alpha_s / alpha_t)² sigma_t²) z."""
+        """x_s ~ q(x_s | x_t), s > t: x_s = r x_t + sqrt(sigma_s² - r² sigma_t²) z with r = alpha_s / alpha_t."""
         alpha_t, sigma_t = self.alpha_sigma(t, x_t)
         alpha_s, sigma_s = self.alpha_sigma(s, x_t)
         ratio = alpha_s / alpha_t

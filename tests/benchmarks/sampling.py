@@ -11,21 +11,11 @@ import time
 
 import torch
 
-from coherent_ddrm.models.dit import DiT, make_dit
+from coherent_ddrm.models.dit import DiT, InContext, make_dit
 from coherent_ddrm.operators import Inpainting
 from coherent_ddrm.rng import keyed_generator, normal
 from coherent_ddrm.samplers import Coherent, sample
 from coherent_ddrm.schedule import time_grid
-
-
-class WithContext:
-    """Denoiser of pictures whose context is at hand."""
-
-    def __init__(self, net: DiT, context):
-        self.net, self.context, self.schedule = net, context, net.schedule
-
-    def __call__(self, x_t, t):
-        return self.net.denoise(x_t, t, self.context)
 
 
 def hole_of(share: float, batch: int, side: int, patch: int) -> torch.Tensor:
@@ -42,7 +32,7 @@ def inpaint(net: DiT, x0, hole, structure, steps: int, cached: bool) -> torch.Te
     """One whole run, the context included."""
     rng = [keyed_generator(0, i) for i in range(len(x0))]
     context = net.context(x0, hole, structure, cached=cached)
-    sampler = Coherent(WithContext(net, context), Inpainting(hole), x0)
+    sampler = Coherent(InContext(net, context), Inpainting(hole), x0)
     return sample(sampler, normal(x0, rng), time_grid(steps), rng)
 
 
