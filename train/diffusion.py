@@ -109,7 +109,7 @@ class Validation:
 
     @torch.no_grad()
     def scores(self, net: DiT, size: int = 40) -> dict[str, float]:
-        """In the hole: v-weighted loss and squared error of x0_hat over VALIDATION_TIMES; PSNR of one step from t = 1."""
+        """In the hole: v-weighted loss and squared error of x0_hat over the times; PSNR of one step from t = 1."""
         error = torch.zeros(len(VALIDATION_TIMES), len(self.x0))
         for i, t in enumerate(VALIDATION_TIMES):
             for rows in torch.arange(len(self.x0)).split(size):

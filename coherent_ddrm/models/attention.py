@@ -1,8 +1,8 @@
 """Who may look at whom: known and hole tokens, MAT's layer-wise mask update, and packing of ragged token sets.
 
 MAT, https://arxiv.org/abs/2203.15270, section 3.3: attention trusts valid tokens, and a token next to valid ones
-becomes valid from layer to layer. Here tokens are all in one window, so "next to" is a dilation by `reach` tokens per block.
-On top, known tokens never attend to hole tokens (one-way), which makes them independent of noise and time.
+becomes valid from layer to layer. Here tokens are all in one window, so "next to" is a dilation by `reach` tokens per
+block. On top, known tokens never attend to hole tokens (one-way), which makes them independent of noise and time.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class DiT(ModelMixin, ConfigMixin):
 
     Args:
         patch, dim, depth, heads: see `SIZES`.
-        structure_channels: channels of the plan, 0 for none; `structure_adaln` and `structure_cross` switch its ways in.
+        structure_channels: channels of the plan, 0 for none; `structure_adaln`, `structure_cross`: its two ways in.
         cross_every: a block in so many has cross-attention.
         one_way: known tokens ignore hole tokens (needed for the context cache).
         reach: tokens per block by which MAT's mask update spreads; 0 = hole tokens may be read from the first block on.

@@ -1,8 +1,8 @@
 """EDM's preconditioning (https://arxiv.org/abs/2206.00364, Equation 7), centred on a fill of the hole.
 
 With x0 ~ N(f, s²) per pixel and v = alpha_t² s² + sigma_t², the best linear guess is
-base = f + alpha_t s² / v (x_t - alpha_t f). The network predicts the rest: x0_hat = base + s sigma_t / sqrt(v) F. Its input
-(x_t - alpha_t f) / sqrt(v) and its target have unit variance at every t. At t = 0 the output is x_t whatever F is.
+base = f + alpha_t s² / v (x_t - alpha_t f). The network predicts the rest: x0_hat = base + s sigma_t / sqrt(v) F. Its
+input (x_t - alpha_t f) / sqrt(v) and its target have unit variance at every t. At t = 0 the output is x_t for any F.
 """
 
 from __future__ import annotations
