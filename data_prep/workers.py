@@ -56,7 +56,7 @@ class Workers:
         chunks = iter([rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)])
         while True:
             for chunk in islice(chunks, 3 * self.count - len(waiting)):
-                waiting.append((chunk, self.pool.submit(_make_chunk, chunk)))
+                waiting.append((chunk, self._submit(chunk)))
             if not waiting:
                 return
             chunk, future = waiting.popleft()
@@ -66,8 +66,16 @@ class Workers:
                 made = self._one_by_one(chunk)
                 self.pool.shutdown(wait=False)
                 self.pool = self._new_pool(self.count)
-                waiting = deque((other, self.pool.submit(_make_chunk, other)) for other, _ in waiting)
+                waiting = deque((other, self._submit(other)) for other, _ in waiting)
             yield from made
+
+    def _submit(self, chunk: list[dict]) -> Future:
+        """Hand out a chunk, to new workers if one has died meanwhile; whose chunk that was shows when it is taken."""
+        try:
+            return self.pool.submit(_make_chunk, chunk)
+        except BrokenProcessPool:
+            self.pool = self._new_pool(self.count)
+            return self.pool.submit(_make_chunk, chunk)
 
     def _one_by_one(self, chunk: list[dict]) -> list[Result]:
         """Each picture by itself, after some picture of this chunk or of another ended a worker."""

@@ -86,3 +86,14 @@ def start_meeting_maker(folder: Path):
         return Result(row, {"process": os.getpid()})
 
     return make
+
+
+def start_dying_maker():
+    """Picture 3 ends its process."""
+
+    def make(row: dict) -> Result:
+        if row["number"] == 3:
+            os._exit(9)
+        return Result(row, {})
+
+    return make

@@ -20,6 +20,7 @@ from shard_building import (
     folder_of,
     make_reference,
     start_crashing_maker,
+    start_dying_maker,
     start_meeting_maker,
 )
 
@@ -122,3 +123,16 @@ def test_a_picture_that_kills_its_worker_is_left_out(tmp_path, monkeypatch):
     manifest = build(few, tmp_path / "out", "--segmentation", "none", "--workers", "1")
     assert [entry["path"] for entry in manifest["skipped"]] == ["01.png"] and manifest["samples"] == 1
     assert "crashed" in manifest["skipped"][0]["reason"]
+
+
+def test_a_worker_may_die_while_results_are_being_written(monkeypatch):
+    """A slow consumer: the death shows when the next chunk is handed out, before the dead one's result is taken."""
+    monkeypatch.setattr("workers.CHUNK", 1)
+    pool = Workers(1, start_dying_maker)
+    results = []
+    for result in pool.results([{"number": i} for i in range(8)]):
+        results.append(result)
+        time.sleep(0.3)
+    pool.close()
+    assert [result.row["number"] for result in results] == list(range(8))
+    assert [result.row["number"] for result in results if result.skipped] == [3]
