@@ -1,5 +1,6 @@
-"""A folder of photographs with half, thick and box holes through the command line: python tests/benchmarks/known_pixels.py
-PICTURES OUT [--size 64] [--limit N]
+"""A folder of photographs with half, thick and box holes through the command line:
+
+    python tests/benchmarks/known_pixels.py PICTURES OUT [--size 64] [--limit N]
 
 Counts known pixels that differ from the input (there must be none) and writes a sheet per hole kind.
 """
@@ -50,7 +51,7 @@ def sheet(out: Path, kind: str, names: list[str]) -> np.ndarray:
         image, result = read_image(out / "input" / names[i]), read_image(out / kind / names[i])
         hole = read_hole(out / f"{kind}-mask" / names[i])
         triples.append([np.where(hole[..., None], np.uint8(128), image), result, image])
-    rows = [sum(triples[i : i + 2], []) for i in range(0, len(triples), 2)]
+    rows = [left + right for left, right in zip(triples[::2], triples[1::2], strict=True)]
     return contact_sheet(rows, ["input", "result", "truth"] * 2, cell=96)
 
 
