@@ -278,9 +278,9 @@ def parse_run(kind: type[Run], argv: Sequence[str] | None = None) -> tuple[Run, 
         default = read_config(kind, path) if path else kind()
         invocation = Invocation(dry_run="--dry-run" in argv)
         argv = [word for word in argv if word != "--dry-run"]
-        config = tyro.cli(
-            kind, args=argv, default=default, description=f"{kind.__doc__}: --config FILE [--dry-run] and"
-        )
+        usage = f"{kind.__doc__} --config FILE [--dry-run], and any key below"
+        plain = (tyro.conf.FlagConversionOff,)  # --key True, as in YAML, not --key / --no-key
+        config = tyro.cli(kind, args=argv, default=default, description=usage, config=plain)
         return check_config(kind, dataclasses.asdict(config), "command line"), invocation
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

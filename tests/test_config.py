@@ -19,9 +19,9 @@ def write(tmp_path, text):
 
 def test_yaml_overrides_defaults_and_the_command_line_overrides_yaml(tmp_path):
     path = write(tmp_path, "seed: 5\noptim: {lr: 3e-4, batch: 16}\n")
-    run, invocation = parse_run(DiffusionRun, ["--config", str(path), "--optim.batch", "8", "--dry-run"])
+    run, invocation = parse_run(DiffusionRun, ["--config", str(path), "--optim.batch", "8", "--data.flip", "False", "--dry-run"])
     assert (run.seed, run.optim.lr, run.optim.batch, run.optim.steps) == (5, 3e-4, 8, DiffusionRun().optim.steps)
-    assert invocation.dry_run
+    assert invocation.dry_run and not run.data.flip
 
 
 def test_every_fault_is_listed_with_its_key(tmp_path):
