@@ -68,8 +68,8 @@ class OptimConfig:
     """Passes over which the gradient of one step is summed."""
     ema: float = 0.999
     """Decay of the averaged weights, per step."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: matrix products in bf16 (autocast), weights and optimizer in fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: matrix products in bf16 (autocast), weights and optimizer in fp32. auto: bf16 where it is fast."""
     compile: bool = False
     """torch.compile the objective (a minute or two of warm-up)."""
 

@@ -1,4 +1,4 @@
-"""The parts of a training run: averaged weights, optimizers, rate, run folder, checkpoints, log.
+"""The parts of a training run: run folder, checkpoints, log, and what surrounds a step.
 
 Only safetensors and JSON are written and read. A checkpoint is written beside its final name and renamed, so a killed
 run never leaves half of one.
@@ -6,7 +6,6 @@ run never leaves half of one.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -17,7 +16,9 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -27,123 +28,8 @@ from tqdm import tqdm
 
 from coherent_ddrm.config import ConfigError, config_hash, dump_config
 from coherent_ddrm.data import DataError
-
-# ---------------------------------------------------------------------------------------------- weights and optimizers
-
-
-class EMA:
-    """Exponential moving average of a network's parameters in fp32, by name.
-
-    The decay of step n is min(decay, (1 + n) / (10 + n)), so that early averages do not remember the start.
-    """
-
-    def __init__(self, net: nn.Module, decay: float):
-        self.decay = decay
-        self.weights = {name: p.detach().float().clone() for name, p in net.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, net: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        now = [p.detach().float() for _, p in net.named_parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), now, 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, net: nn.Module) -> None:
-        for name, p in net.named_parameters():
-            p.copy_(self.weights[name])
-
-
-def make_optimizers(net: nn.Module, name: str, lr: float, weight_decay: float, betas: tuple[float, float]) -> list:
-    """[AdamW], or [Muon for the matrices inside `blocks`, AdamW for all else]. lr is the rate of both.
-
-    Muon, https://kellerjordan.github.io/posts/muon/ , with the update scaled to AdamW's size
-    (https://arxiv.org/abs/2502.16982), so that one rate and one weight decay serve both.
-    """
-    parameters = dict(net.named_parameters())
-    inside = lambda n, p: name == "muon" and p.ndim == 2 and "blocks." in n and "modulation" not in n  # noqa: E731
-    matrices = [p for n, p in parameters.items() if inside(n, p)]
-    decayed = [p for n, p in parameters.items() if not inside(n, p) and p.ndim >= 2]
-    plain = [p for n, p in parameters.items() if not inside(n, p) and p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
-    if not matrices:
-        return [adamw]
-    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, adamw]
-
-
-def learning_rate(step: int, lr: float, steps: int, warmup: int, cooldown: float) -> float:
-    """Linear warm-up, flat, linear fall to 0 over the last `cooldown` share of the steps. `step` counts from 0."""
-    rise = min(1.0, (step + 1) / max(1, warmup))
-    fall = min(1.0, (steps - step) / max(1.0, cooldown * steps))
-    return lr * min(rise, fall)
-
-
-def flatten_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state as named tensors, "parameter.name"; numbers become 0-dim tensors."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{k}": torch.as_tensor(v).detach().clone() for i, row in state.items() for k, v in row.items()}
-
-
-def restore_state(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
-    """The inverse of `flatten_state`; groups and rates stay as they were built."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in flat.items():
-        i, key = name.split(".", 1)
-        state.setdefault(int(i), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-class Learner:
-    """A network with its averaged weights and optimizers: all that a training checkpoint holds."""
-
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: str,
-        lr: float,
-        weight_decay: float,
-        betas: tuple[float, float],
-        warmup: int,
-        cooldown: float,
-        steps: int,
-        ema: float,
-    ):
-        self.net, self.ema = net, EMA(net, ema)
-        self.optimizers = make_optimizers(net, optimizer, lr, weight_decay, betas)
-        self.rate = 0.0
-        self._plan = dict(lr=lr, steps=steps, warmup=warmup, cooldown=cooldown)
-
-    def set_rate(self, step: int) -> None:
-        """Give every optimizer the learning rate of `step`."""
-        self.rate = learning_rate(step, **self._plan)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.rate
-
-    def average(self, step: int) -> None:
-        """Take the weights after `step` into the average."""
-        self.ema.update(self.net, step)
-
-    def averaged(self) -> nn.Module:
-        """A copy of the network with the averaged weights, in eval mode."""
-        net = copy.deepcopy(self.net)
-        self.ema.copy_to(net)
-        return net.eval()
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """File name -> named tensors."""
-        files = {"net": dict(self.net.state_dict()), "ema": self.ema.weights}
-        return files | {f"optimizer-{i}": flatten_state(o) for i, o in enumerate(self.optimizers)}
-
-    def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """The inverse of `tensors`; strict."""
-        self.net.load_state_dict(tensors["net"], strict=True)
-        device = next(self.net.parameters()).device
-        self.ema.weights = {name: tensors["ema"][name].to(device) for name in self.ema.weights}
-        for i, optimizer in enumerate(self.optimizers):
-            restore_state(optimizer, tensors[f"optimizer-{i}"])
-
+from coherent_ddrm.images import write_image
+from coherent_ddrm.learner import Learner
 
 # ---------------------------------------------------------------------------------------------- run folder
 
@@ -237,7 +123,7 @@ class Log:
 
     def __init__(self, folder: RunFolder, steps: int, start: int, batch: int, active: bool):
         self.active, self.batch, self.done = active, batch, start
-        self.total, self.passes, self.norm = 0.0, 0, 0.0
+        self.total, self.passes = 0.0, 0
         self.progress = tqdm(total=steps, initial=start, disable=not active, unit="step", mininterval=5)
         if active:
             from torch.utils.tensorboard import SummaryWriter
@@ -247,19 +133,15 @@ class Log:
             self.board = SummaryWriter(str(folder.folder / "tensorboard"))
         self.since = time.perf_counter()
 
-    def add(self, loss: Tensor, norm: Tensor | None) -> None:
-        """Take in one pass; nothing is read back from the device here."""
+    def add(self, loss: Tensor) -> None:
+        """Take in the loss of one pass; nothing is read back from the device here."""
         self.total, self.passes = self.total + loss, self.passes + 1
-        self.norm = norm if norm is not None else self.norm
 
-    def write(self, accelerator: Accelerator, step: int, rate: float, keys: Iterable[str]) -> None:
-        """Mean loss since the last call, over all ranks. Raises NonFiniteLoss naming the step and this batch's keys."""
+    def write(self, accelerator: Accelerator, step: int, **values: float) -> None:
+        """Mean loss since the last call, over all ranks, pictures per second, and `values`."""
         loss = float(accelerator.reduce(self.total / self.passes, "mean"))
-        check_finite(loss + float(self.norm), step, keys)
         speed = (step - self.done) * self.batch / (time.perf_counter() - self.since)
-        self.scores(
-            step, loss=loss, grad_norm=float(self.norm), rate=rate, pictures=step * self.batch, per_second=speed
-        )
+        self.scores(step, loss=loss, pictures=step * self.batch, per_second=speed, **values)
         self.progress.update(step - self.done)
         self.progress.set_postfix(loss=f"{loss:.4f}", pictures_per_s=f"{speed:.1f}")
         self.total, self.passes, self.done, self.since = 0.0, 0, step, time.perf_counter()
@@ -293,6 +175,14 @@ def check_finite(loss: float, step: int, keys: Iterable[str]) -> None:
 # ---------------------------------------------------------------------------------------------- parts of a loop
 
 
+class Validation(Protocol):
+    """What a training script scores and draws, on fixed pictures, holes, times and noise."""
+
+    def scores(self, net: nn.Module) -> dict[str, float]: ...
+
+    def sheet(self, net: nn.Module) -> np.ndarray: ...
+
+
 def start_from(net: nn.Module, folder: str | None) -> nn.Module:
     """`net` with the weights exported to `folder`, or as it is for None. ConfigError unless they fit exactly."""
     if folder is None:
@@ -314,10 +204,19 @@ def readable_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def bf16_is_fast() -> bool:
+    """Whether matrix products in bf16 are faster than in fp32 here: any current GPU, CPUs with bf16 instructions."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def make_accelerator(precision: str, accumulate: int) -> Accelerator:
-    """accelerate's engine, on the CPU where there is no CUDA device."""
+    """accelerate's engine, on the CPU where there is no CUDA device. precision: fp32, bf16, or auto (bf16 if fast)."""
+    low = precision == "bf16" or (precision == "auto" and bf16_is_fast())
     return Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
+        mixed_precision="bf16" if low else "no",
         gradient_accumulation_steps=accumulate,
         cpu=not torch.cuda.is_available(),
     )
@@ -341,6 +240,17 @@ def passes(batch: dict, share: int, rank: int, world: int) -> Iterator[tuple[dic
     for first in range(0, len(batch["key"]), share):
         part = {key: value[first : first + share] for key, value in batch.items()}
         yield part, [rank + world * i for i in range(first, first + share)]
+
+
+def report(folder: RunFolder, done: int, learner: Learner, validation: Validation, log: Log) -> None:
+    """Validate, draw a sheet and save, each in its own rhythm, and all after the last step."""
+    every, last = folder.config.log, done == folder.config.optim.steps
+    if last or done % every.validate == 0:
+        log.scores(done, **validation.scores(learner.averaged()))
+    if last or done % every.sheet == 0:
+        write_image(folder.sheets / f"{done:08d}.png", validation.sheet(learner.averaged()))
+    if last or done % every.save == 0:
+        folder.save(done, learner, every.keep)
 
 
 def describe(net: nn.Module, pictures: int, steps: int, batch: int, start: int, world: int) -> str:

@@ -19,7 +19,8 @@ def write(tmp_path, text):
 
 def test_yaml_overrides_defaults_and_the_command_line_overrides_yaml(tmp_path):
     path = write(tmp_path, "seed: 5\noptim: {lr: 3e-4, batch: 16}\n")
-    run, invocation = parse_run(DiffusionRun, ["--config", str(path), "--optim.batch", "8", "--data.flip", "False", "--dry-run"])
+    overrides = ["--optim.batch", "8", "--data.flip", "False", "--dry-run"]
+    run, invocation = parse_run(DiffusionRun, ["--config", str(path), *overrides])
     assert (run.seed, run.optim.lr, run.optim.batch, run.optim.steps) == (5, 3e-4, 8, DiffusionRun().optim.steps)
     assert invocation.dry_run and not run.data.flip
 

@@ -17,17 +17,14 @@ from safetensors.torch import load_file
 from coherent_ddrm.config import ConfigError, DiffusionRun, OptimConfig, optimizer_options
 from coherent_ddrm.data import ids_for_step
 from coherent_ddrm.examples import logit_normal_time, make_examples
+from coherent_ddrm.learner import EMA, Learner, learning_rate, make_optimizers
 from coherent_ddrm.losses import diffusion_loss, hole_mean
 from coherent_ddrm.metrics import l1, psnr, ssim
 from coherent_ddrm.models.dit import make_dit
 from coherent_ddrm.training import (
-    EMA,
-    Learner,
     NonFiniteLoss,
     RunFolder,
     check_finite,
-    learning_rate,
-    make_optimizers,
     passes,
     per_pass,
 )
@@ -280,3 +277,16 @@ def test_dry_run_writes_nothing_and_faults_are_one_line(tmp_path, shards, capsys
         train("diffusion", tmp_path / "dry", tmp_path / "nowhere", "--model.size", "tiny")
     error = capsys.readouterr().err
     assert left.value.code == 2 and error.startswith("error: ") and "nowhere" in error and error.count("\n") == 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, shards, capsys):
+    """A hopeless learning rate: the run ends with the step and the keys of its batch, and saves nothing broken."""
+    options = ["--model.size", "tiny", "--optim.steps", "20", "--optim.lr", "1e30", "--optim.warmup", "1"]
+    with pytest.raises(SystemExit) as left:
+        train("diffusion", tmp_path / "nan", shards, *options, "--log.save", "1")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert left.value.code == 2 and "error: loss or gradient is" in error and "at step" in error
+    keys = error.split("the batch was: ")[1].split(", ")
+    assert len(keys) == 8 and all(key.isdigit() or "-" in key for key in keys)
+    for saved in (tmp_path / "nan" / "checkpoints").glob("step-*/net.safetensors"):
+        assert all(weights.isfinite().all() for weights in load_file(saved).values())

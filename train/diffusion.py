@@ -19,7 +19,8 @@ from coherent_ddrm.config import DiffusionRun, optimizer_options, parse_run
 from coherent_ddrm.data import batches, open_dataset
 from coherent_ddrm.denoiser import Bound
 from coherent_ddrm.examples import Examples, logit_normal_time, make_examples
-from coherent_ddrm.images import to_tensor, to_uint8, write_image
+from coherent_ddrm.images import to_tensor, to_uint8
+from coherent_ddrm.learner import Learner
 from coherent_ddrm.losses import diffusion_loss, hole_mean, v_weight
 from coherent_ddrm.masks import make_holes
 from coherent_ddrm.models.dit import DiT, make_dit
@@ -30,15 +31,16 @@ from coherent_ddrm.samplers import Coherent, sample
 from coherent_ddrm.schedule import add_noise, expand, time_grid
 from coherent_ddrm.sheets import contact_sheet, plan_preview
 from coherent_ddrm.training import (
-    Learner,
     Log,
     RunFolder,
+    check_finite,
     describe,
     make_accelerator,
     passes,
     per_pass,
     prepare,
     readable_errors,
+    report,
     start_from,
 )
 
@@ -79,11 +81,12 @@ def make_plan(
     if not num_labels:
         return None, None
     plan = encode_structure(examples.edges, examples.segmentation, num_labels)
-    if predictor is not None:
-        theirs = predict_plan(predictor, examples.x0, examples.hole, steps=1, rng=examples.rng)
-        plan = torch.where((examples.choice[:, 2] < predicted)[:, None, None, None], theirs.to(plan.dtype), plan)
     all_hole = examples.hole.flatten(1).all(dim=1)
-    return plan, (examples.choice[:, 1] < drop) | all_hole
+    none = (examples.choice[:, 1] < drop) | all_hole
+    if predictor is not None:
+        rows = ((examples.choice[:, 2] < predicted) & ~none).nonzero()[:, 0]  # nobody else's plan is worth predicting
+        plan[rows] = predict_plan(predictor, examples.x0[rows], examples.hole[rows], steps=1).to(plan.dtype)
+    return plan, none
 
 
 class Validation:
@@ -172,45 +175,41 @@ def train(run: DiffusionRun, dry_run: bool) -> None:
         objective.compile()
     objective, optimizers = prepare(accelerator, objective, learner)
     log = Log(folder, run.optim.steps, start, run.optim.batch, accelerator.is_main_process)
+    settings = dict(
+        holes=run.data.holes,
+        seed=run.seed,
+        global_batch=run.optim.batch,
+        flip=run.data.flip,
+        prior=run.objective.prior,
+        draws=run.objective.draws,
+    )
     for step, batch in batches(source, run.optim.batch, run.seed, start, rank, world, run.data.workers):
         if step == run.optim.steps:
             break
         learner.set_rate(step)
         for part, places in passes(batch, share, rank, world):
-            examples = make_examples(
-                part,
-                run.data.holes,
-                run.seed,
-                step,
-                places,
-                run.optim.batch,
-                run.data.flip,
-                run.objective.prior,
-                run.objective.draws,
-            ).to(device)
+            examples = make_examples(part, step=step, places=places, **settings).to(device)
             t = logit_normal_time(examples.u, run.objective.time_mean, run.objective.time_std).flatten()
-            plan, drop = make_plan(examples, predictor, labels, run.objective.predicted, run.objective.drop_structure)
             with accelerator.accumulate(objective), accelerator.autocast():
-                loss = objective(examples.x0, examples.hole, t, examples.noise(run.objective.draws), plan, drop).mean()
+                plan, none = make_plan(
+                    examples, predictor, labels, run.objective.predicted, run.objective.drop_structure
+                )
+                loss = objective(examples.x0, examples.hole, t, examples.noise(run.objective.draws), plan, none).mean()
                 accelerator.backward(loss)
-                norm = accelerator.clip_grad_norm_(objective.parameters(), run.optim.clip)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(objective.parameters(), run.optim.clip)
+                    check_finite(float(norm + loss.detach()), step, batch["key"])
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-            log.add(loss.detach(), norm)
+            log.add(loss.detach())
         learner.average(step)
 
         done = step + 1
         if done % run.log.every == 0:
-            log.write(accelerator, done, learner.rate, batch["key"])
-        last = done == run.optim.steps
+            log.write(accelerator, done, rate=learner.rate, grad_norm=float(norm))
         if accelerator.is_main_process:
-            if last or done % run.log.validate == 0:
-                log.scores(done, **validation.scores(learner.averaged()))
-            if last or done % run.log.sheet == 0:
-                write_image(folder.sheets / f"{done:08d}.png", validation.sheet(learner.averaged()))
-            if last or done % run.log.save == 0:
-                folder.save(done, learner, run.log.keep)
+            report(folder, done, learner, validation, log)
         accelerator.wait_for_everyone()
     log.close()
     if accelerator.is_main_process:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from coherent_ddrm.config import StructureRun, optimizer_options, parse_run
 from coherent_ddrm.data import batches, open_dataset
 from coherent_ddrm.examples import make_examples
-from coherent_ddrm.images import to_tensor, to_uint8, write_image
+from coherent_ddrm.images import to_tensor, to_uint8
+from coherent_ddrm.learner import Learner
 from coherent_ddrm.masks import make_holes
 from coherent_ddrm.models.structure import StructurePredictor, decode_structure, encode_structure, predict_plan
 from coherent_ddrm.rng import keyed_generator, normal
@@ -34,15 +35,16 @@ from coherent_ddrm.structure_losses import (
     segmentation_loss,
 )
 from coherent_ddrm.training import (
-    Learner,
     Log,
     RunFolder,
+    check_finite,
     describe,
     make_accelerator,
     passes,
     per_pass,
     prepare,
     readable_errors,
+    report,
     start_from,
 )
 
@@ -151,14 +153,13 @@ def train(run: StructureRun, dry_run: bool) -> None:
         objective.compile()
     objective, optimizers = prepare(accelerator, objective, learner)
     log = Log(folder, run.optim.steps, start, run.optim.batch, accelerator.is_main_process)
+    settings = dict(holes=run.data.holes, seed=run.seed, global_batch=run.optim.batch, flip=run.data.flip)
     for step, batch in batches(source, run.optim.batch, run.seed, start, rank, world, run.data.workers):
         if step == run.optim.steps:
             break
         learner.set_rate(step)
         for part, places in passes(batch, share, rank, world):
-            examples = make_examples(part, run.data.holes, run.seed, step, places, run.optim.batch, run.data.flip).to(
-                device
-            )
+            examples = make_examples(part, step=step, places=places, **settings).to(device)
             t = structure_time(examples.u[:, 0], examples.choice[:, 3], run.objective.pure_noise)
             s0 = encode_structure(examples.edges, examples.segmentation, labels)
             s_t = add_noise(net.schedule, s0, t, normal(s0, examples.rng))
@@ -166,24 +167,20 @@ def train(run: StructureRun, dry_run: bool) -> None:
                 seen = (examples.x0, examples.hole, examples.edges, examples.segmentation)
                 loss = objective(s_t, t, *seen).mean()
                 accelerator.backward(loss)
-                norm = accelerator.clip_grad_norm_(objective.parameters(), run.optim.clip)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(objective.parameters(), run.optim.clip)
+                    check_finite(float(norm + loss.detach()), step, batch["key"])
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-            log.add(loss.detach(), norm)
+            log.add(loss.detach())
         learner.average(step)
 
         done = step + 1
         if done % run.log.every == 0:
-            log.write(accelerator, done, learner.rate, batch["key"])
-        last = done == run.optim.steps
+            log.write(accelerator, done, rate=learner.rate, grad_norm=float(norm))
         if accelerator.is_main_process:
-            if last or done % run.log.validate == 0:
-                log.scores(done, **validation.scores(learner.averaged()))
-            if last or done % run.log.sheet == 0:
-                write_image(folder.sheets / f"{done:08d}.png", validation.sheet(learner.averaged()))
-            if last or done % run.log.save == 0:
-                folder.save(done, learner, run.log.keep)
+            report(folder, done, learner, validation, log)
         accelerator.wait_for_everyone()
     log.close()
     if accelerator.is_main_process:

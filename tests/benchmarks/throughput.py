@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from coherent_ddrm.config import DiffusionRun, StructureRun, optimizer_options
 from coherent_ddrm.data import batches, open_dataset
 from coherent_ddrm.examples import make_examples
+from coherent_ddrm.learner import Learner
 from coherent_ddrm.losses import diffusion_loss
 from coherent_ddrm.models.dit import make_dit
 from coherent_ddrm.models.structure import StructurePredictor, encode_structure
 from coherent_ddrm.structure_losses import edge_loss, region_weight, segmentation_loss
-from coherent_ddrm.training import Learner
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
