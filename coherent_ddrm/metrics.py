@@ -5,13 +5,12 @@ from __future__ import annotations
 import kornia.metrics
 from torch import Tensor
 
+from coherent_ddrm.losses import hole_mean
+
 
 def _mean(value: Tensor, where: Tensor | None) -> Tensor:
     """Mean per sample of value (B, C, H, W), over `where` (B, 1, H, W) if given. (B,)"""
-    if where is None:
-        return value.flatten(1).mean(dim=1)
-    where = where.to(value.dtype)
-    return (value * where).flatten(1).sum(dim=1) / (where.flatten(1).sum(dim=1) * value.shape[1]).clamp(min=1)
+    return value.flatten(1).mean(dim=1) if where is None else hole_mean(value, where.to(value.dtype))
 
 
 def l1(x: Tensor, truth: Tensor, where: Tensor | None = None) -> Tensor:

@@ -15,7 +15,6 @@ gets it added to its logits; with alpha_t - alpha_1 in the numerator it is exact
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import timm
 import torch
@@ -24,6 +23,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from coherent_ddrm.denoiser import Bound
 from coherent_ddrm.models.fill import pull_push
 from coherent_ddrm.models.layers import TimeEmbedding
 from coherent_ddrm.rng import normal
@@ -205,22 +205,6 @@ def decode_structure(plan: Tensor) -> tuple[Tensor, Tensor]:
     return edges, segmentation.byte()
 
 
-@dataclass
-class Bound:
-    """A predictor with its picture and hole filled in: the denoiser (s_t, t) -> s0_hat that samplers take."""
-
-    net: StructurePredictor
-    picture: Tensor
-    hole: Tensor
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.net.schedule
-
-    def __call__(self, s_t: Tensor, t: Tensor) -> Tensor:
-        return self.net(s_t, t, self.picture, self.hole)
-
-
 @torch.no_grad()
 def predict_plan(
     net: StructurePredictor,
@@ -242,4 +226,4 @@ def predict_plan(
         raise ValueError(
             f"{steps} steps with eta {eta} need rng, one generator per picture; only steps=1, eta=0 does not"
         )
-    return sample(DDIM(Bound(net, picture, hole), eta), s_1, time_grid(steps), rng or ())
+    return sample(DDIM(Bound(net, {"picture": picture, "hole": hole}), eta), s_1, time_grid(steps), rng or ())
