@@ -122,9 +122,11 @@ class DiffusionObjective:
     """Share of samples with no known pixel (the unconditional prior)."""
     draws: int = 1
     """Noisy versions of each picture that share one pass of its known tokens."""
-    time_mean: float = 0.4
-    """Times are sigmoid(mean + std n), n normal; a mean above 0 favours noise."""
-    time_std: float = 1.0
+    time_mean: float = 0.8
+    """Times are sigmoid(mean + std n), n normal; a mean above 0 favours noise, where large holes are decided."""
+    time_std: float = 1.2
+    pure_noise: float = 0.1
+    """Share of samples at t = 1, which the logit-normal never reaches and where sampling starts."""
 
 
 @dataclass

@@ -26,7 +26,7 @@ class Examples:
     segmentation: Tensor  # (B, H, W) uint8, 255 = no label
     hole: Tensor  # (B, 1, H, W), 1 = missing
     u: Tensor  # (B, draws) in [0, 1), stratified over the batch: where in the distribution of times
-    choice: Tensor  # (B, 4) in [0, 1): coins for prior, dropped plan, predicted plan, spare
+    choice: Tensor  # (B, 4) in [0, 1): coins for prior, dropped plan, predicted plan, pure noise
     rng: list[torch.Generator]  # one per picture, for noise
 
     def noise(self, draws: int = 1) -> Tensor:
@@ -83,6 +83,12 @@ def _mirror(x: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
     x = np.array(x)
     x[mirrored] = x[mirrored, :, ::-1]
     return x
+
+
+def draw_times(examples: Examples, mean: float, std: float, pure_noise: float) -> Tensor:
+    """Times (B draws,), picture by picture: 1 for a share `pure_noise` of the pictures, logit-normal for the rest."""
+    t = logit_normal_time(examples.u, mean, std)  # (B, draws)
+    return torch.where(examples.choice[:, 3:] < pure_noise, torch.ones_like(t), t).flatten()
 
 
 def logit_normal_time(u: Tensor, mean: float, std: float) -> Tensor:

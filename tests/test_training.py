@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from coherent_ddrm.config import ConfigError, DiffusionRun, OptimConfig, optimizer_options
 from coherent_ddrm.data import ids_for_step
-from coherent_ddrm.examples import logit_normal_time, make_examples
+from coherent_ddrm.examples import draw_times, logit_normal_time, make_examples
 from coherent_ddrm.learner import EMA, Learner, learning_rate, make_optimizers
 from coherent_ddrm.losses import diffusion_loss, hole_mean
 from coherent_ddrm.metrics import l1, psnr, ssim
@@ -167,6 +167,14 @@ def test_flips_move_picture_and_maps_together():
 def test_logit_normal_quantiles():
     t = logit_normal_time(torch.tensor([0.5, 0.8413447]), mean=0.4, std=1.0)
     torch.testing.assert_close(t, torch.sigmoid(torch.tensor([0.4, 1.4])), rtol=1e-4, atol=0)
+
+
+def test_drawn_times_include_pure_noise():
+    examples = make_examples(made_up_batch(), "half", 0, 0, range(8), 8, draws=2)
+    t = draw_times(examples, 0.8, 1.2, pure_noise=0.5).view(8, 2)
+    chosen = examples.choice[:, 3] < 0.5
+    assert chosen.any() and (t[chosen] == 1).all() and (t[~chosen] < 1).all()
+    assert torch.equal(t[~chosen], logit_normal_time(examples.u, 0.8, 1.2)[~chosen])
 
 
 def test_diffusion_loss_by_hand():

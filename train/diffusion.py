@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from coherent_ddrm.config import DiffusionRun, optimizer_options, parse_run
 from coherent_ddrm.data import batches, open_dataset
 from coherent_ddrm.denoiser import Bound
-from coherent_ddrm.examples import Examples, logit_normal_time, make_examples
+from coherent_ddrm.examples import Examples, draw_times, make_examples
 from coherent_ddrm.images import to_tensor, to_uint8
 from coherent_ddrm.learner import Learner
 from coherent_ddrm.losses import diffusion_loss, hole_mean, v_weight
@@ -183,13 +183,14 @@ def train(run: DiffusionRun, dry_run: bool) -> None:
         prior=run.objective.prior,
         draws=run.objective.draws,
     )
+    times = (run.objective.time_mean, run.objective.time_std, run.objective.pure_noise)
     for step, batch in batches(source, run.optim.batch, run.seed, start, rank, world, run.data.workers):
         if step == run.optim.steps:
             break
         learner.set_rate(step)
         for part, places in passes(batch, share, rank, world):
             examples = make_examples(part, step=step, places=places, **settings).to(device)
-            t = logit_normal_time(examples.u, run.objective.time_mean, run.objective.time_std).flatten()
+            t = draw_times(examples, *times)
             with accelerator.accumulate(objective), accelerator.autocast():
                 plan, none = make_plan(
                     examples, predictor, labels, run.objective.predicted, run.objective.drop_structure
