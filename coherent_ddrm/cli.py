@@ -133,6 +133,8 @@ def inpaint(args: argparse.Namespace) -> int:
 
     facts = check_common(args)
     todo = jobs.list_jobs(args)
+    if args.sampler == "ddnm" and (args.structure or args.save_structure):
+        raise UserError("sampler ddnm takes no plan; leave --structure and --save-structure out")
     if facts.labels == 0 and (args.structure or args.save_structure):
         raise UserError(f"{args.checkpoint} takes no plan; leave --structure and --save-structure out")
     if not facts.planner and args.save_structure:

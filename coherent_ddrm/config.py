@@ -14,13 +14,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 STRICT = ConfigDict(extra="forbid")
 Run = TypeVar("Run")
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ConfigError(ValueError):
@@ -56,17 +58,17 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     warmup: int = 200
     """Steps of linear warm-up."""
-    cooldown: float = 0.2
+    cooldown: Share = 0.2
     """Share of the steps over which the rate falls to 0 at the end."""
     clip: float = 1.0
     """Largest gradient norm."""
-    steps: int = 20_000
+    steps: Count = 20_000
     """Optimizer steps in all."""
-    batch: int = 64
+    batch: Count = 64
     """Pictures per optimizer step, over all processes and accumulation steps."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Passes over which the gradient of one step is summed."""
-    ema: float = 0.999
+    ema: Share = 0.999
     """Decay of the averaged weights, per step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: matrix products in bf16 (autocast), weights and optimizer in fp32. auto: bf16 where it is fast."""
@@ -79,11 +81,11 @@ class LogConfig:
     """How often things are written, in steps."""
 
     __pydantic_config__ = STRICT
-    every: int = 20
-    validate: int = 500
-    sheet: int = 1000
-    save: int = 500
-    keep: int = 2
+    every: Count = 20
+    validate: Count = 500
+    sheet: Count = 1000
+    save: Count = 500
+    keep: Count = 2
     """Training checkpoints kept."""
 
 
@@ -95,7 +97,7 @@ class DiTConfig:
     size: str = "demo"
     structure_adaln: bool = True
     structure_cross: bool = True
-    cross_every: int = 2
+    cross_every: Count = 2
     one_way: bool = True
     reach: int = 2
     fill: bool = True
@@ -112,20 +114,20 @@ class DiffusionObjective:
     __pydantic_config__ = STRICT
     structure: bool = True
     """Condition on the plan at all."""
-    drop_structure: float = 0.1
+    drop_structure: Share = 0.1
     """Share of samples without a plan, so that guidance on it works."""
     predictor: str | None = None
     """Folder of a trained structure predictor whose plans are mixed in; None = true plans only."""
-    predicted: float = 0.5
+    predicted: Share = 0.5
     """Share of samples that see the predictor's plan instead of the true one."""
-    prior: float = 0.15
+    prior: Share = 0.15
     """Share of samples with no known pixel (the unconditional prior)."""
-    draws: int = 1
+    draws: Count = 1
     """Noisy versions of each picture that share one pass of its known tokens."""
     time_mean: float = 0.8
     """Times are sigmoid(mean + std n), n normal; a mean above 0 favours noise, where large holes are decided."""
     time_std: float = 1.2
-    pure_noise: float = 0.1
+    pure_noise: Share = 0.1
     """Share of samples at t = 1, which the logit-normal never reaches and where sampling starts."""
 
 
@@ -160,11 +162,11 @@ class StructureObjective:
     """What stage one learns from."""
 
     __pydantic_config__ = STRICT
-    known_weight: float = 0.1
+    known_weight: Share = 0.1
     """Weight of known pixels in every loss; hidden ones weigh 1."""
     edges: float = 1.0
     segmentation: float = 1.0
-    pure_noise: float = 0.3
+    pure_noise: Share = 0.3
     """Share of samples at t = 1, the time at which the mean plan is read off."""
 
 

@@ -25,8 +25,9 @@ class Examples:
     edges: Tensor  # (B, H, W) uint8
     segmentation: Tensor  # (B, H, W) uint8, 255 = no label
     hole: Tensor  # (B, 1, H, W), 1 = missing
-    u: Tensor  # (B, draws) in [0, 1), stratified over the batch: where in the distribution of times
-    choice: Tensor  # (B, 4) in [0, 1): coins for prior, dropped plan, predicted plan, pure noise
+    u: Tensor  # (B, draws) in [0, 1), stratified over the batch and a picture's draws: quantile of the time
+    choice: Tensor  # (B, 3) in [0, 1): coins for prior, dropped plan, predicted plan
+    pure: Tensor  # (B, draws) in [0, 1): coins for pure noise
     rng: list[torch.Generator]  # one per picture, for noise
 
     def noise(self, draws: int = 1) -> Tensor:
@@ -59,8 +60,8 @@ def make_examples(
         draws: times per picture.
     """
     generators = [keyed_generator(seed, step, place) for place in places]
-    coins = torch.stack([torch.rand(5 + draws, generator=g) for g in generators])  # (B, 5 + draws)
-    mirrored = (coins[:, 4] < 0.5).numpy() if flip else np.zeros(len(places), bool)
+    coins = torch.stack([torch.rand(4 + 2 * draws, generator=g) for g in generators])  # (B, 4 + 2 draws)
+    mirrored = (coins[:, 3] < 0.5).numpy() if flip else np.zeros(len(places), bool)
     image, edges, segmentation = (_mirror(batch[k], mirrored) for k in ("image", "edges", "segmentation"))
     height, width = image.shape[1:3]
     hole = np.stack([make_hole(holes, height, width, (seed, step, place)) for place in places])
@@ -72,8 +73,9 @@ def make_examples(
         edges=torch.from_numpy(edges),
         segmentation=torch.from_numpy(segmentation),
         hole=hole,
-        u=(where + coins[:, 5:]) / global_batch,
-        choice=coins[:, :4],
+        u=((where + coins[:, 4 : 4 + draws]) / global_batch + torch.arange(draws) / draws) % 1,
+        choice=coins[:, :3],
+        pure=coins[:, 4 + draws :],
         rng=generators,
     )
 
@@ -86,9 +88,9 @@ def _mirror(x: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
 
 
 def draw_times(examples: Examples, mean: float, std: float, pure_noise: float) -> Tensor:
-    """Times (B draws,), picture by picture: 1 for a share `pure_noise` of the pictures, logit-normal for the rest."""
+    """Times (B draws,), picture by picture: 1 for a share `pure_noise` of them, logit-normal for the rest."""
     t = logit_normal_time(examples.u, mean, std)  # (B, draws)
-    return torch.where(examples.choice[:, 3:] < pure_noise, torch.ones_like(t), t).flatten()
+    return torch.where(examples.pure < pure_noise, torch.ones_like(t), t).flatten()
 
 
 def logit_normal_time(u: Tensor, mean: float, std: float) -> Tensor:

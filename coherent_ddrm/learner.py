@@ -53,7 +53,7 @@ def learning_rate(step: int, lr: float, steps: int, warmup: int, cooldown: float
     """Linear warm-up, flat, linear fall to 0 over the last `cooldown` share of the steps. `step` counts from 0."""
     rise = min(1.0, (step + 1) / max(1, warmup))
     fall = min(1.0, (steps - step) / max(1.0, cooldown * steps))
-    return lr * min(rise, fall)
+    return lr * max(0.0, min(rise, fall))
 
 
 def flatten_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

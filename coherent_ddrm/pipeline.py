@@ -35,7 +35,7 @@ from coherent_ddrm.pipeline_io import Picture, check_output_type, read_inputs, s
 from coherent_ddrm.plans import Structure
 from coherent_ddrm.rng import keyed_generator, normal
 from coherent_ddrm.samplers import Sampler, sample
-from coherent_ddrm.scene import SAMPLERS, Scene
+from coherent_ddrm.scene import PLANNED, SAMPLERS, Scene
 from coherent_ddrm.schedule import time_grid, travel_path
 
 CLASSES = {"transformer": DiT, "structure": StructurePredictor}  # what a checkpoint's components may be
@@ -183,12 +183,16 @@ class CoherentInpaintPipeline(DiffusionPipeline):
         steps = self.config.steps if num_inference_steps is None else num_inference_steps
         shift = self.config.shift if shift is None else shift
         counts = {"candidates": candidates, "structure_steps": structure_steps, "resample": resample}
-        self._check_arguments({"num_inference_steps": steps, **counts}, sampler, shift)
+        self._check_arguments({"num_inference_steps": steps, **counts}, sampler, shift, eta)
         check_output_type(output_type, pictures)
         keys = seed_keys(generator, len(pictures), candidates)
         windows, y, hole = self._to_model(pictures)
         with self._autocast():
-            plan, planned = self._plan(pictures, windows, y, hole, structure, structure_steps, keys)
+            plan, planned = None, 0
+            if sampler in PLANNED:
+                plan, planned = self._plan(pictures, windows, y, hole, structure, structure_steps, keys)
+            elif structure is not None:
+                raise UserError(f"sampler {sampler!r} takes no plan; leave structure out, or use coherent")
             draws = candidates if plan is None or len(plan) < len(keys) else 1
             rows = [x.repeat_interleave(len(keys) // len(x), dim=0) for x in (y, hole)]
             plan = None if plan is None else plan.repeat_interleave(len(keys) // len(plan), dim=0)
@@ -208,12 +212,14 @@ class CoherentInpaintPipeline(DiffusionPipeline):
         output = InpaintOutput(images, described, keys, squares, engine.nfe, planned, seconds)
         return output if return_dict else (images,)
 
-    def _check_arguments(self, counts: dict[str, int], sampler: str, shift: float) -> None:
+    def _check_arguments(self, counts: dict[str, int], sampler: str, shift: float, eta: float | None) -> None:
         if sampler not in SAMPLERS:
             raise UserError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
         for name, count in counts.items():
             if not isinstance(count, int) or count < 1:
                 raise UserError(f"{name} is {count}; it must be a whole number from 1")
+        if eta is not None and not 0 <= eta <= 1:
+            raise UserError(f"eta is {eta}; it must lie in 0 ... 1")
         if not shift > 0:
             raise UserError(f"shift is {shift}; it must be above 0, 1 for even times")
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 def keyed_generator(*key: int) -> torch.Generator:
     """A CPU generator that is a function of `key`, a tuple of non-negative integers such as (seed, step, sample)."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    words = [len(key), *(word for number in key for word in (number & 0xFFFFFFFF, number >> 32))]  # no two keys alike
+    seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(seed & (2**63 - 1))
 
 

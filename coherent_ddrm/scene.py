@@ -38,3 +38,4 @@ def make_ddnm(net: DiT, scene: Scene, eta: float | None) -> Sampler:
 
 
 SAMPLERS: dict[str, Callable[[DiT, Scene, float | None], Sampler]] = {"coherent": make_coherent, "ddnm": make_ddnm}
+PLANNED = ("coherent",)  # the methods that read a plan

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = 255  # segmentation id of a pixel without a label
+EDGE_THRESHOLD = 0.1  # for scores: a mean plan spreads an edge over where it may be, so its peaks are low
 EDGE_SHARE = 0.1  # mean of soft edge maps of 64-pixel photographs
 
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from coherent_ddrm.config import ConfigError, config_hash, dump_config
-from coherent_ddrm.data import DataError
+from coherent_ddrm.data import DataError, DecodedCache, ShardDataset, ids_for_step
 from coherent_ddrm.images import write_image
 from coherent_ddrm.learner import Learner
+from coherent_ddrm.masks import MAKERS
+from coherent_ddrm.models.dit import SIZES
 
 # ---------------------------------------------------------------------------------------------- run folder
 
@@ -44,7 +46,7 @@ def write_atomic(path: Path, text: str) -> None:
 class RunFolder:
     """`out/`: config.yaml, log.jsonl, sheets/, tensorboard/, checkpoints/step-00000000/.
 
-    Raises ConfigError if the folder belongs to a run with another config, unless only keys in FREE differ.
+    Resuming raises ConfigError if the newest checkpoint has another config, unless only keys in FREE differ.
     """
 
     FREE = ("log", "out", "init", "data.workers", "optim.compile", "optim.steps", "optim.cooldown")
@@ -92,6 +94,8 @@ class RunFolder:
             return 0
         state = json.loads((saved[-1] / "state.json").read_text())
         self._refuse_other(state["config"], saved[-1])
+        if state["step"] > self.config.optim.steps:
+            raise ConfigError(f"{saved[-1]} is beyond optim.steps {self.config.optim.steps}; ask for more steps")
         learner.load({file.stem: load_file(file) for file in saved[-1].glob("*.safetensors")})
         return state["step"]
 
@@ -130,7 +134,7 @@ class Log:
 
             folder.create()
             self.file = open(folder.folder / "log.jsonl", "a", buffering=1, encoding="utf-8")
-            self.board = SummaryWriter(str(folder.folder / "tensorboard"))
+            self.board = SummaryWriter(str(folder.folder / "tensorboard"), purge_step=start)
         self.since = time.perf_counter()
 
     def add(self, loss: Tensor) -> None:
@@ -147,13 +151,12 @@ class Log:
         self.total, self.passes, self.done, self.since = 0.0, 0, step, time.perf_counter()
 
     def scores(self, step: int, **values: float) -> None:
-        """One row. The time that making the values took does not count as training time."""
+        """One row."""
         if self.active:
             row = {"step": step, "time": round(time.time(), 1), **{k: float(f"{v:.6g}") for k, v in values.items()}}
             self.file.write(json.dumps(row) + "\n")
             for key, value in values.items():
                 self.board.add_scalar(key, value, step)
-        self.since = time.perf_counter()
 
     def close(self) -> None:
         self.progress.close()
@@ -243,22 +246,63 @@ def passes(batch: dict, share: int, rank: int, world: int) -> Iterator[tuple[dic
 
 
 def report(folder: RunFolder, done: int, learner: Learner, validation: Validation, log: Log) -> None:
-    """Validate, draw a sheet and save, each in its own rhythm, and all after the last step."""
-    every, last = folder.config.log, done == folder.config.optim.steps
+    """Validate, draw a sheet and save, each in its own rhythm, and all after the last step. Not counted as training."""
+    every, last, begin = folder.config.log, done == folder.config.optim.steps, time.perf_counter()
     if last or done % every.validate == 0:
         log.scores(done, **validation.scores(learner.averaged()))
     if last or done % every.sheet == 0:
         write_image(folder.sheets / f"{done:08d}.png", validation.sheet(learner.averaged()))
     if last or done % every.save == 0:
         folder.save(done, learner, every.keep)
+    log.since += time.perf_counter() - begin
 
 
-def describe(net: nn.Module, pictures: int, steps: int, batch: int, start: int, world: int) -> str:
-    """What is about to run, in a few lines."""
+def check_run(run: object, source: ShardDataset | DecodedCache, predictor: nn.Module | None = None) -> None:
+    """Raise ConfigError for what a config's types cannot tell: names, and how networks and data fit."""
+    if run.data.holes not in MAKERS:
+        raise ConfigError(f"data.holes: unknown maker {run.data.holes!r}: choose one of {', '.join(MAKERS)}")
+    size = getattr(run.model, "size", None)
+    if size is not None and size not in SIZES:
+        raise ConfigError(f"model.size: unknown size {size!r}: choose one of {', '.join(SIZES)}")
+    if size is not None and source.resolution % SIZES[size]["patch"]:
+        raise ConfigError(f"the pictures have {source.resolution} px, no multiple of the patch of size {size}")
+    if predictor is not None and predictor.channels != 1 + source.num_labels:
+        theirs = predictor.channels - 1
+        raise ConfigError(f"objective.predictor plans {theirs} labels, the shards have {source.num_labels}")
+
+
+def activation_bytes(loss_of: Callable[[], Tensor]) -> int:
+    """Bytes that the backward pass of one loss keeps, each tensor counted once."""
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss_of()
+    return sum(kept.values())
+
+
+def describe(
+    net: nn.Module,
+    source: ShardDataset | DecodedCache,
+    run: object,
+    start: int,
+    world: int,
+    share: int,
+    loss_of: Callable[[dict, int, Sequence[int]], Tensor],
+) -> str:
+    """What is about to run: parameters, memory per process (one sample is run to measure it), steps."""
+    steps, batch, count = run.optim.steps, run.optim.batch, len(source)
     parameters = sum(p.numel() for p in net.parameters())
+    held = sum(p.untyped_storage().nbytes() for p in net.parameters())
+    one = source.batch(ids_for_step(0, 1, count, 0))
+    activations = max(0, activation_bytes(lambda: loss_of(one, 0, [0])) - held) * share
     return (
-        f"{type(net).__name__}: {parameters / 1e6:.2f} M parameters; weights, average, gradients and optimizer take "
-        f"about {20 * parameters / 2**20:.0f} MiB per process\n"
-        f"{pictures} pictures; {steps} steps of {batch} = {steps * batch / 1e6:.2f} M pictures, "
-        f"{steps * batch / pictures:.0f} epochs; {world} process(es); starting at step {start}"
+        f"{type(net).__name__}: {parameters / 1e6:.2f} M parameters\n"
+        f"memory per process: weights, average, gradients, optimizer {20 * parameters / 2**20:.0f} MiB; activations of "
+        f"{share} pictures about {activations / 2**20:.0f} MiB\n"
+        f"{count} pictures; {steps} steps of {batch} = {steps * batch / 1e6:.3f} M, {steps * batch / count:.0f} epochs\n"
+        f"{world} process(es); starting at step {start}"
     )

@@ -219,6 +219,7 @@ MISTAKES = {  # arguments, what the line says
     "candidates": ([*BASE, "--candidates", "two"], "'two'"),
     "seed": ([*BASE, "--seed", "-1"], "'-1'"),
     "unknown sampler": ([*BASE, "--sampler", "euler"], "coherent, ddnm"),
+    "plan of a method without": ([*BASE, "--sampler", "ddnm", "--save-structure", "p.png"], "ddnm takes no plan"),
     "missing picture": (["no.png", "mask.png", "-o", "out.png"], "no.png"),
     "missing mask": (["a.png", "no.png", "-o", "out.png"], "no.png"),
     "not a picture": (["text.png", "mask.png", "-o", "out.png"], "text.png"),

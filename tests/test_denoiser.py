@@ -52,3 +52,6 @@ def test_noise_of_a_picture_does_not_depend_on_its_batch():
 def test_keys_are_not_concatenated():
     a, b = (torch.rand(4, generator=keyed_generator(*key)) for key in [(1, 23), (12, 3)])
     assert not torch.equal(a, b)
+    for one, other in [((1, 5), (1, 5, 0)), ((2**32 + 5, 7), (5, 1, 7))]:
+        a, b = (torch.rand(4, generator=keyed_generator(*key)) for key in (one, other))
+        assert not torch.equal(a, b), f"{one} and {other} give the same numbers"

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from coherent_ddrm.models.attention import EveryToken, Ragged, attend, hole_mask, known_mask, token_levels
+from coherent_ddrm.models.attention import EveryToken, Ragged, attend, hole_sees, known_sees, token_levels
 from coherent_ddrm.models.dit import SIZES, DiT, make_dit
 from coherent_ddrm.models.fill import pull_push
 from coherent_ddrm.models.layers import patchify, token_windows, unpatchify
@@ -126,7 +126,7 @@ def test_one_way_and_bidirectional_differ_only_by_the_policy():
 
 
 class PlainDiT:
-    """An independent plain DiT read from the same weights: every token sees every token, one time for all."""
+    """An independent DiT read from the same weights: every token sees every token, each has its own time."""
 
     def __init__(self, net):
         self.w, self.c = net.state_dict(), net.config
@@ -134,21 +134,25 @@ class PlainDiT:
     def linear(self, x, name):
         return F.linear(x, self.w[f"{name}.weight"], self.w[f"{name}.bias"])
 
-    def __call__(self, x_t, t):
-        c = self.c
-        s = c.data_std
-        alpha, sigma = (1 - t).view(-1, 1, 1, 1), t.view(-1, 1, 1, 1)
+    def patches(self, x):
+        return F.unfold(x, self.c.patch, stride=self.c.patch).transpose(1, 2)
+
+    def __call__(self, x_t, t, hole):
+        c, s = self.c, self.c.data_std
+        sigma = t.view(-1, 1, 1, 1) * hole  # per pixel: known ones are clean
+        alpha = 1 - sigma
         scale = (alpha**2 * s**2 + sigma**2).sqrt()
-        noisy = x_t / scale
-        h = self.linear(F.unfold(noisy, c.patch, stride=c.patch).transpose(1, 2), "embed_noisy")
-        blank = torch.zeros(len(x_t), h.shape[1], (c.in_channels + 1) * c.patch**2)
-        h = h + self.linear(blank, "embed_static")
-        angle = 1000 * t[:, None] * torch.exp(-torch.arange(128) / 128 * torch.log(torch.tensor(10000.0)))
+        known = 1 - hole
+        h = self.linear(self.patches(x_t / scale), "embed_noisy")
+        h = h + self.linear(self.patches(torch.cat([x_t * known, known], 1)), "embed_static")
+        is_hole = self.patches(hole).amax(-1)  # (B, N): 0 for tokens whose pixels are all known
+        time = t[:, None] * is_hole  # per token
+        angle = 1000 * time[..., None] * torch.exp(-torch.arange(128) / 128 * torch.log(torch.tensor(10000.0)))
         emb = self.linear(torch.cat([angle.cos(), angle.sin()], -1), "time.mlp.0")
-        emb = F.silu(self.linear(F.silu(emb), "time.mlp.2"))
+        emb = F.silu(self.linear(F.silu(emb), "time.mlp.2"))  # (B, N, dim)
         for i in range(c.depth):
             h = self.block(h, emb, f"blocks.{i}", x_t.shape[-1] // c.patch)
-        shift, gain = self.linear(emb, "final_modulation")[:, None].chunk(2, -1)
+        shift, gain = self.linear(emb, "final_modulation").chunk(2, -1)
         raw = self.linear(self.norm(h) * (1 + gain) + shift, "final").transpose(1, 2)
         raw = F.fold(raw, x_t.shape[-2:], c.patch, stride=c.patch)
         return alpha * s**2 / scale**2 * x_t + s * sigma / scale * raw
@@ -157,7 +161,7 @@ class PlainDiT:
         return x * torch.rsqrt((x**2).mean(-1, keepdim=True) + 1e-6)
 
     def block(self, h, emb, name, side):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.linear(emb, f"{name}.modulation")[:, None].chunk(6, -1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.linear(emb, f"{name}.modulation").chunk(6, -1)
         x = self.norm(h) * (1 + scale1) + shift1
         q = self.heads(self.linear(x, f"{name}.attention.q"))
         k, v = (self.heads(part) for part in self.linear(x, f"{name}.attention.kv").chunk(2, -1))
@@ -182,12 +186,19 @@ class PlainDiT:
         return torch.cat([turned.real, turned.imag], -1)
 
 
+PLAIN = dict(structure_channels=0, one_way=False, reach=0, fill=False, head=False, tail=0)
+
+
+@pytest.mark.parametrize("policy", [None, "one_way", "reach", "fill"])
 @torch.no_grad()
-def test_without_policies_it_is_a_plain_dit():
-    net = tiny(structure_channels=0, one_way=False, reach=0, fill=False, head=False, tail=0)
-    x_t = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    t = torch.tensor([0.3, 0.9])
-    torch.testing.assert_close(net(x_t, t), PlainDiT(net)(x_t, t), rtol=0, atol=2e-5)
+def test_without_policies_it_is_a_plain_dit(policy):
+    """With real holes and with none; each policy alone makes a difference."""
+    net = tiny(**PLAIN | ({} if policy is None else {policy: 1 if policy == "reach" else True}))
+    x0, hole, t, x_t, _ = pictures()
+    hole[0, :, :, :56] = 1  # far from known tokens, so that the mask update has something to hide
+    x_t = torch.where(hole > 0, x_t, x0)
+    difference = (net(x_t, t, hole) - PlainDiT(net)(x_t, t, hole)).abs().flatten(1).amax(dim=1)
+    assert (difference < 2e-5).tolist() == ([True] * 4 if policy is None else [False, False, True, False])
 
 
 @torch.no_grad()
@@ -249,14 +260,14 @@ def test_unreached_holes_are_not_read():
     member = torch.tensor([[True, False, False, False]])
     known, hole = Ragged(member), Ragged(~member)
     level = token_levels(member[:, None], 1)
-    mask = hole_mask(known, hole, hole.padded(level), block=1)[0].int().tolist()
+    mask = hole_sees(known, hole, hole.padded(level), block=1)[0].int().tolist()
     assert mask == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
 
 
 def test_rows_with_nothing_known_stay_finite():
     tokens = Ragged(torch.tensor([[False, False], [True, True]]))
     q = torch.randn(2, 1, 2, 4)
-    assert attend(q, q, q, known_mask(tokens)).isfinite().all()
+    assert attend(q, q, q, known_sees(tokens)).isfinite().all()
 
 
 def test_attend_equals_the_fused_kernel():

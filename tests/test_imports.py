@@ -18,6 +18,8 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
+            if node.module == "coherent_ddrm":
+                names.update(f"coherent_ddrm.{alias.name}" for alias in node.names)
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
     return {name.split(".")[1] for name in names if name.startswith("coherent_ddrm.")} | (

@@ -364,3 +364,13 @@ def test_no_package_is_named_like_a_folder_of_diffusers():
     for module in pkgutil.walk_packages(coherent_ddrm.__path__, "coherent_ddrm."):
         if module.ispkg:
             assert not hasattr(diffusers.pipelines, module.name.rsplit(".", 1)[1]), module.name
+
+
+def test_methods_without_a_plan_bad_eta_and_resampling(pipe):
+    image, mask = make_picture(32, 32), make_mask(make_hole(32, 32))
+    assert pipe(image, mask, 2, generator=0, sampler="ddnm").structure is None
+    with pytest.raises(UserError, match="'ddnm' takes no plan"):
+        pipe(image, mask, 2, sampler="ddnm", structure=Image.new("L", (32, 32)))
+    with pytest.raises(UserError, match=r"eta is 1\.5"):
+        pipe(image, mask, 2, eta=1.5)
+    assert pipe(image, mask, 20, generator=0, resample=2).nfe == 20 + 5 * 2

@@ -149,10 +149,11 @@ def test_examples_depend_on_their_place_alone():
     args = dict(holes="coherent-train", seed=1, step=5, global_batch=8, prior=0.3, draws=2)
     whole = make_examples(batch, places=range(8), **args)
     odd = make_examples({k: v[1::2] for k, v in batch.items()}, places=range(1, 8, 2), **args)
-    assert all(torch.equal(getattr(whole, k)[1::2], getattr(odd, k)) for k in ("x0", "hole", "u", "choice", "edges"))
+    assert all(torch.equal(getattr(whole, k)[1::2], getattr(odd, k)) for k in ("x0", "hole", "u", "choice", "pure"))
     assert torch.equal(whole.noise(2)[[2, 3, 6, 7]], odd.noise(2)[:4])
     assert whole.x0.min() >= -1 and whole.x0.max() <= 1
-    assert torch.equal((whole.u * 8).floor().long(), torch.arange(8)[:, None].expand(8, 2)), "not stratified"
+    strata = (whole.u * 8).floor().long()
+    assert torch.equal(strata, torch.stack([torch.arange(8), (torch.arange(8) + 4) % 8], 1)), "not stratified"
 
 
 def test_flips_move_picture_and_maps_together():
@@ -172,7 +173,7 @@ def test_logit_normal_quantiles():
 def test_drawn_times_include_pure_noise():
     examples = make_examples(made_up_batch(), "half", 0, 0, range(8), 8, draws=2)
     t = draw_times(examples, 0.8, 1.2, pure_noise=0.5).view(8, 2)
-    chosen = examples.choice[:, 3] < 0.5
+    chosen = examples.pure < 0.5
     assert chosen.any() and (t[chosen] == 1).all() and (t[~chosen] < 1).all()
     assert torch.equal(t[~chosen], logit_normal_time(examples.u, 0.8, 1.2)[~chosen])
 
@@ -262,7 +263,7 @@ def test_both_stages_train_validate_and_resume(tmp_path, shards):
 
 def test_two_processes_see_what_one_sees(tmp_path, shards):
     """Two processes of 4 pictures, by torchrun, and one process that accumulates two passes of 4: the same losses."""
-    options = ["--model.size", "tiny", "--optim.steps", "3"]
+    options = ["--model.size", "tiny", "--optim.steps", "3", "--optim.warmup", "1"]
     train("diffusion", tmp_path / "one", shards, *options, "--optim.accumulate", "2")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, str(ROOT / "train" / "diffusion.py"), *arguments(tmp_path / "two", shards, *options)]
@@ -271,6 +272,8 @@ def test_two_processes_see_what_one_sees(tmp_path, shards):
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = ([row["loss"] for row in rows(tmp_path / run) if "loss" in row] for run in ("one", "two"))
     assert one == pytest.approx(two, abs=1e-5)
+    a, b = (load_file(tmp_path / run / "checkpoints" / "step-00000003" / "net.safetensors") for run in ("one", "two"))
+    assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
 
 
 def test_draws_share_a_step(tmp_path, shards):
@@ -280,7 +283,11 @@ def test_draws_share_a_step(tmp_path, shards):
 
 def test_dry_run_writes_nothing_and_faults_are_one_line(tmp_path, shards, capsys):
     train("diffusion", tmp_path / "dry", shards, "--model.size", "tiny", "--dry-run")
-    assert "parameters" in capsys.readouterr().out and not (tmp_path / "dry").exists()
+    printed = capsys.readouterr().out
+    parameters = sum(p.numel() for p in make_dit("tiny", structure_channels=3).parameters())
+    assert f"{parameters / 1e6:.2f} M parameters" in printed and not (tmp_path / "dry").exists()
+    activations = int(printed.split("pictures about ")[1].split(" MiB")[0])
+    assert 1 <= activations < 100
     with pytest.raises(SystemExit) as left:
         train("diffusion", tmp_path / "dry", tmp_path / "nowhere", "--model.size", "tiny")
     error = capsys.readouterr().err
@@ -298,3 +305,34 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, shards, capsys):
     assert len(keys) == 8 and all(key.isdigit() or "-" in key for key in keys)
     for saved in (tmp_path / "nan" / "checkpoints").glob("step-*/net.safetensors"):
         assert all(weights.isfinite().all() for weights in load_file(saved).values())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("--data.holes", "nope", "unknown maker 'nope'"),
+        ("--model.size", "huge", "unknown size 'huge'"),
+        ("--log.every", "0", "log.every"),
+        ("--objective.predicted", "1.5", "objective.predicted"),
+    ],
+)
+def test_values_are_checked_before_work(tmp_path, shards, capsys, option, value, rule):
+    with pytest.raises(SystemExit) as left:
+        train("diffusion", tmp_path / "bad", shards, option, value)
+    assert left.value.code == 2 and rule in capsys.readouterr().err and not (tmp_path / "bad").exists()
+
+
+def test_fewer_steps_than_done_are_refused(tmp_path):
+    learner, run = learner_of()
+    RunFolder(tmp_path, run).save(9, learner, keep=2)
+    run.optim.steps = 5
+    with pytest.raises(ConfigError, match=r"beyond optim\.steps 5"):
+        RunFolder(tmp_path, run).resume(learner)
+
+
+@pytest.mark.gpu
+def test_both_stages_on_a_gpu(tmp_path, shards):
+    train("structure", tmp_path / "one", shards, "--optim.steps", "2")
+    options = ["--model.size", "tiny", "--objective.predictor", tmp_path / "one" / "export"]
+    train("diffusion", tmp_path / "two", shards, *options, "--optim.steps", "4")
+    assert rows(tmp_path / "two")[-1]["val_loss"] > 0

@@ -13,14 +13,15 @@ import matplotlib.pyplot as plt
 
 
 def read_log(run: Path) -> list[dict]:
-    """Rows of log.jsonl; a line cut by a kill is left out."""
-    rows = []
+    """Rows of log.jsonl; of steps run twice after a kill, the last; a line cut by a kill is left out."""
+    rows = {}
     for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
-    return rows
+        rows[row["step"], "loss" in row] = row
+    return [rows[key] for key in sorted(rows)]
 
 
 def draw(run: Path, axis: plt.Axes) -> None:

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from coherent_ddrm.config import StructureRun, optimizer_options, parse_run
 from coherent_ddrm.data import batches, open_dataset
 from coherent_ddrm.examples import make_examples
-from coherent_ddrm.images import to_tensor, to_uint8
+from coherent_ddrm.images import to_uint8
 from coherent_ddrm.learner import Learner
-from coherent_ddrm.masks import make_holes
 from coherent_ddrm.models.structure import StructurePredictor, decode_structure, encode_structure, predict_plan
 from coherent_ddrm.rng import keyed_generator, normal
 from coherent_ddrm.schedule import add_noise
 from coherent_ddrm.sheets import contact_sheet, plan_preview
 from coherent_ddrm.structure_losses import (
+    EDGE_THRESHOLD,
+    IGNORE,
     edge_counts,
     edge_loss,
     f1,
@@ -38,6 +39,7 @@ from coherent_ddrm.training import (
     Log,
     RunFolder,
     check_finite,
+    check_run,
     describe,
     make_accelerator,
     passes,
@@ -47,9 +49,7 @@ from coherent_ddrm.training import (
     report,
     start_from,
 )
-
-IGNORE = 255
-EDGE_THRESHOLD = 0.2  # a mean plan spreads an edge over the places where it may be, so its peaks are low
+from coherent_ddrm.validation import FixedSet, fixed_set
 
 
 class Objective(nn.Module):
@@ -75,51 +75,38 @@ def structure_time(u: Tensor, coin: Tensor, pure_noise: float) -> Tensor:
 
 
 class Validation:
-    """The same pictures and holes at every call: the mean plan against the truth on hidden pixels."""
+    """The mean plan against the truth on hidden pixels of fixed pictures."""
 
-    HOLES = ("half", "lama-thick", "box")
+    def __init__(self, data: FixedSet, num_labels: int):
+        self.data, self.num_labels = data, num_labels
 
-    def __init__(self, folder: str, num_labels: int, device: torch.device):
-        source = open_dataset(folder)
-        batch = source.batch(np.arange(len(source)))
-        holes = [
-            make_holes(self.HOLES[i % 3], 1, *batch["image"].shape[1:3], seed=(1, i))[0] for i in range(len(source))
-        ]
-        self.picture = to_tensor(batch["image"]).to(device)
-        self.hole = torch.from_numpy(np.stack(holes)).float().to(device)
-        self.edges, self.labels = (torch.from_numpy(batch[k]).to(device) for k in ("edges", "segmentation"))
-        self.num_labels = num_labels
-
-    def plans(self, net: StructurePredictor, rows: Tensor, steps: int = 1) -> Tensor:
-        rng = [keyed_generator(2, int(i)) for i in rows]
-        return predict_plan(net, self.picture[rows], self.hole[rows], steps=steps, rng=rng)
+    def plans(self, net: StructurePredictor, rows: slice, steps: int = 1) -> Tensor:
+        picture, hole = self.data.x0[rows], self.data.hole[rows]
+        rng = [keyed_generator(2, rows.start + i) for i in range(len(picture))]
+        return predict_plan(net, picture, hole, steps=steps, rng=rng)
 
     @torch.no_grad()
     def scores(self, net: StructurePredictor) -> dict[str, float]:
         """Edge F1, mean IoU over labels, and IoU of foreground (any label but 0), of the mean plan on hidden pixels."""
-        plans = torch.cat([self.plans(net, rows) for rows in torch.arange(len(self.picture)).split(64)])
-        edges, labels = decode_structure(plans)
-        strength, truth = (x[:, None].float() / 255 for x in (edges, self.edges))
-        foreground = [torch.where(x == IGNORE, x, (x > 0).to(x.dtype)) for x in (labels, self.labels)]
-        per_label = iou(segmentation_counts(labels, self.labels, self.num_labels, self.hole).sum(dim=0))
+        data = self.data
+        edges, labels = decode_structure(torch.cat([self.plans(net, rows) for rows in data.slices()]))
+        strength, truth = (x[:, None].float() / 255 for x in (edges, data.edges))
+        foreground = [torch.where(x == IGNORE, x, (x > 0).to(x.dtype)) for x in (labels, data.segmentation)]
+        per_label = iou(segmentation_counts(labels, data.segmentation, self.num_labels, data.hole).sum(dim=0))
         return {
-            "val_edge_f1": float(f1(edge_counts(strength, truth, self.hole, threshold=EDGE_THRESHOLD).sum(dim=0))),
+            "val_edge_f1": float(f1(edge_counts(strength, truth, data.hole, threshold=EDGE_THRESHOLD).sum(dim=0))),
             "val_iou": float(per_label.nanmean()),
-            "val_foreground_iou": float(iou(segmentation_counts(*foreground, 2, self.hole).sum(dim=0))[1]),
+            "val_foreground_iou": float(iou(segmentation_counts(*foreground, 2, data.hole).sum(dim=0))[1]),
         }
 
     @torch.no_grad()
     def sheet(self, net: StructurePredictor, count: int = 12) -> np.ndarray:
-        """Input, mean plan, two sampled plans, truth; uint8 picture."""
-        rows = torch.arange(count)
-        seen = to_uint8(self.picture[:count] * (1 - self.hole[:count]))
-        plans = [
-            self.plans(net, rows),
-            self.plans(net, rows, steps=10),
-            encode_structure(self.edges[:count], self.labels[:count], self.num_labels),
-        ]
+        """Input, mean plan, a sampled plan, true plan, truth; uint8 picture."""
+        data, rows = self.data, slice(0, min(count, len(self.data)))
+        true_plan = encode_structure(data.edges[rows], data.segmentation[rows], self.num_labels)
+        plans = [self.plans(net, rows), self.plans(net, rows, steps=10), true_plan]
         previews = [plan_preview(*(x.cpu().numpy() for x in decode_structure(plan))) for plan in plans]
-        columns = [seen, *previews, to_uint8(self.picture[:count])]
+        columns = [to_uint8(data.x0[rows] * (1 - data.hole[rows])), *previews, to_uint8(data.x0[rows])]
         titles = ["input", "mean plan", "plan, 10 steps", "true plan", "truth"]
         return contact_sheet([list(row) for row in zip(*columns, strict=True)], titles)
 
@@ -135,37 +122,41 @@ def train(run: StructureRun, dry_run: bool) -> None:
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     torch.manual_seed(run.seed)  # initial weights; nothing after this draws from ambient state
     source = open_dataset(run.data.train)
-    labels = source.num_labels
-    net = StructurePredictor(num_labels=labels, **asdict(run.model)).to(device)
-    validation = Validation(run.data.val, labels, device)
+    check_run(run, source)
+    net = StructurePredictor(num_labels=source.num_labels, **asdict(run.model)).to(device)
     net = start_from(net, run.init)
     folder, learner = RunFolder(run.out, run), Learner(net, **optimizer_options(run))
     start = folder.resume(learner)
     share = per_pass(run.optim.batch, world, run.optim.accumulate)
-    if accelerator.is_main_process:
-        print(describe(net, len(source), run.optim.steps, run.optim.batch, start, world))
-    if dry_run:
-        return
-
     weights = run.objective
     objective = Objective(net, weights.edges, weights.segmentation, weights.known_weight)
+    settings = dict(holes=run.data.holes, seed=run.seed, global_batch=run.optim.batch, flip=run.data.flip)
+
+    def loss_of(part: dict, step: int, places: Sequence[int]) -> Tensor:
+        """The loss of some samples of the global batch of `step`."""
+        examples = make_examples(part, step=step, places=places, **settings).to(device)
+        t = structure_time(examples.u[:, 0], examples.pure[:, 0], run.objective.pure_noise)
+        s0 = encode_structure(examples.edges, examples.segmentation, source.num_labels)
+        s_t = add_noise(net.schedule, s0, t, normal(s0, examples.rng))
+        with accelerator.autocast():
+            return objective(s_t, t, examples.x0, examples.hole, examples.edges, examples.segmentation).mean()
+
+    if accelerator.is_main_process:
+        print(describe(net, source, run, start, world, share, loss_of))
+    if dry_run:
+        return
+    validation = Validation(fixed_set(run.data.val, device), source.num_labels)
     if run.optim.compile:
         objective.compile()
     objective, optimizers = prepare(accelerator, objective, learner)
     log = Log(folder, run.optim.steps, start, run.optim.batch, accelerator.is_main_process)
-    settings = dict(holes=run.data.holes, seed=run.seed, global_batch=run.optim.batch, flip=run.data.flip)
     for step, batch in batches(source, run.optim.batch, run.seed, start, rank, world, run.data.workers):
-        if step == run.optim.steps:
+        if step >= run.optim.steps:
             break
         learner.set_rate(step)
         for part, places in passes(batch, share, rank, world):
-            examples = make_examples(part, step=step, places=places, **settings).to(device)
-            t = structure_time(examples.u[:, 0], examples.choice[:, 3], run.objective.pure_noise)
-            s0 = encode_structure(examples.edges, examples.segmentation, labels)
-            s_t = add_noise(net.schedule, s0, t, normal(s0, examples.rng))
-            with accelerator.accumulate(objective), accelerator.autocast():
-                seen = (examples.x0, examples.hole, examples.edges, examples.segmentation)
-                loss = objective(s_t, t, *seen).mean()
+            with accelerator.accumulate(objective):
+                loss = loss_of(part, step, places)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(objective.parameters(), run.optim.clip)
@@ -181,7 +172,7 @@ def train(run: StructureRun, dry_run: bool) -> None:
             log.write(accelerator, done, rate=learner.rate, grad_norm=float(norm))
         if accelerator.is_main_process:
             report(folder, done, learner, validation, log)
-        accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     log.close()
     if accelerator.is_main_process:
         learner.averaged().save_pretrained(folder.folder / "export")

@@ -141,8 +141,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Te
     return out.transpose(1, 2).flatten(2)
 
 
-def full_mask(known: Tensor, level: Tensor, block: int, one_way: bool) -> Tensor:
-    """Attention mask of block number `block` when all tokens run together.
+def all_see(known: Tensor, level: Tensor, block: int, one_way: bool) -> Tensor:
+    """Who may look at whom in block number `block` when all tokens run together.
 
     Args:
         known: (B, N) bool;  level: (B, N) from `token_levels`.
@@ -157,7 +157,7 @@ def full_mask(known: Tensor, level: Tensor, block: int, one_way: bool) -> Tensor
     return allowed | torch.eye(N, dtype=torch.bool, device=known.device)
 
 
-def known_mask(tokens: Ragged) -> Tensor | None:
+def known_sees(tokens: Ragged) -> Tensor | None:
     """Known tokens among themselves, (B, L, L) or None. A sample without known tokens sees its empty slots: no row is
     fully hidden, which would be not a number."""
     if tokens.uniform:
@@ -166,7 +166,7 @@ def known_mask(tokens: Ragged) -> Tensor | None:
     return keys[:, None, :].expand(-1, tokens.width, -1)
 
 
-def hole_mask(known: Ragged, hole: Ragged, level: Tensor, block: int) -> Tensor:
+def hole_sees(known: Ragged, hole: Ragged, level: Tensor, block: int) -> Tensor:
     """Hole tokens (rows) over [known tokens, hole tokens] (columns), (B, Lh, Lk + Lh).
 
     Args:

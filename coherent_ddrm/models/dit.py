@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from coherent_ddrm.models.attention import EveryToken, Ragged, full_mask, hole_mask, known_mask, token_levels
+from coherent_ddrm.models.attention import EveryToken, Ragged, all_see, hole_sees, known_sees, token_levels
 from coherent_ddrm.models.block import Block, Plan, Rotary, modulate
 from coherent_ddrm.models.fill import pull_push
 from coherent_ddrm.models.layers import Head, Tail, TimeEmbedding, patchify, rotary_table, token_windows, unpatchify
@@ -53,7 +54,7 @@ class Context:
     embedding: Tensor  # packed (.., dim)
     rotary: Rotary
     past: list[tuple[Tensor, Tensor]] | None  # per block, keys and values of the known tokens, if they ran before
-    masks: list[Tensor | None]  # per block
+    allowed: list[Tensor | None]  # per block, who may look at whom; None = everybody at everybody
     plans: list[Plan | None]  # per block
 
 
@@ -160,6 +161,7 @@ class DiT(ModelMixin, ConfigMixin):
         """
         return self.denoise(x_t, t, self.context(x_t, hole, structure, drop_structure, cached=False))
 
+    @apply_forward_hook
     def context(
         self,
         x: Tensor,
@@ -206,12 +208,13 @@ class DiT(ModelMixin, ConfigMixin):
             embedding=tokens.pack(embedding),
             rotary=rotary,
             past=past,
-            masks=self._masks(still, token_levels(known_map, self.config.reach), cached),
+            allowed=self._allowed(still, known_map, cached),
             plans=[
                 None if plan_tokens is None else block.plan(plan_tokens, tokens, everywhere) for block in self.blocks
             ],
         )
 
+    @apply_forward_hook
     def denoise(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
         """x0_hat of x_t (B, C, H, W) at t (B,), for pictures whose `context` is at hand. (B, C, H, W)"""
         tokens, still, patch = context.tokens, context.still, self.config.patch
@@ -226,7 +229,7 @@ class DiT(ModelMixin, ConfigMixin):
             if still is not None:
                 modulation = torch.where(still, tokens.per_sample(block.modulation(time_0)), modulation)
             past = None if context.past is None else context.past[i]
-            x, _ = block(x, modulation, tokens, context.rotary, context.plans[i], past, context.masks[i])
+            x, _ = block(x, modulation, tokens, context.rotary, context.plans[i], past, context.allowed[i])
         shift, gain = tokens.per_sample(self.final_modulation(time_t)).chunk(2, dim=-1)
         features = self.final(modulate(x, shift, gain))
         features = features if still is None else features.masked_fill(still, 0)
@@ -258,7 +261,7 @@ class DiT(ModelMixin, ConfigMixin):
         centred, _, _ = precondition(self.schedule, x, zero, fill, known, self.config.data_std)
         h = tokens.pack(embedding) + self.embed_noisy(tokens.pack(patchify(centred, self.config.patch)))
         time_0 = F.silu(self.time(zero))  # (B, dim)
-        allowed, past = known_mask(tokens), []
+        allowed, past = known_sees(tokens), []
         for i, block in enumerate(self.blocks):
             plan = None if plan_tokens is None else block.plan(plan_tokens, tokens, everywhere)
             last = i == len(self.blocks) - 1  # nothing reads what known tokens become after the last block
@@ -267,17 +270,25 @@ class DiT(ModelMixin, ConfigMixin):
             past.append(own)
         return past
 
-    def _masks(self, still: Tensor, level: Tensor, cached: bool) -> list[Tensor | None]:
-        """Who may look at whom, per block; None = everybody at everybody."""
-        blocks, one_way = range(len(self.blocks)), self.config.one_way
+    def _allowed(self, still: Tensor, known_map: Tensor, cached: bool) -> list[Tensor | None]:
+        """Who may look at whom, per block; None = everybody at everybody.
+
+        Every token is readable from half the depth on, however far from known ones: the centre of a large hole must
+        not stay blind.
+        """
+        one_way, blocks = self.config.one_way, range(len(self.blocks))
+        last = len(self.blocks) // 2  # from this block on nothing changes any more
+        level = token_levels(known_map, self.config.reach).clamp(max=last)  # (B, N)
         if not cached:
             hidden = one_way or self.config.reach
-            return [full_mask(still, level, i, one_way) if hidden else None for i in blocks]
+            allowed = [all_see(still, level, i, one_way) if hidden else None for i in range(last + 1)]
+            return [allowed[min(i, last)] for i in blocks]
         known, holes = Ragged(still), Ragged(~still)
         level = holes.padded(level)  # (B, Lh)
         deepest = int(level.max()) if level.numel() else 0
         ragged = not (known.uniform and holes.uniform)
-        return [hole_mask(known, holes, level, i) if ragged or deepest > i else None for i in blocks]
+        allowed = [hole_sees(known, holes, level, i) if ragged or deepest > i else None for i in range(last + 1)]
+        return [allowed[min(i, last)] for i in blocks]
 
     def _rotary(self, x: Tensor, tokens: Ragged | None = None) -> Rotary:
         """Positions of `tokens`, or of the whole grid."""

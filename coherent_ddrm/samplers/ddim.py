@@ -14,7 +14,7 @@ from coherent_ddrm.samplers.loop import Rng, Sampler
 
 
 def renoise(x0_hat: Tensor, eps: Tensor, alpha_s: Tensor, sigma_s: Tensor, eta: float, rng: Rng) -> Tensor:
-    """alpha_s x0_hat + sigma_s (eta z + sqrt(1 - eta²) eps); no noise is drawn at eta = 0 or sigma_s = 0."""
+    """alpha_s x0_hat + sigma_s (eta z + sqrt(1 - eta²) eps); no noise is drawn at eta = 0."""
     if eta == 0:
         return alpha_s * x0_hat + sigma_s * eps
     z = normal(x0_hat, rng)

@@ -24,9 +24,7 @@ from coherent_ddrm.rng import keyed_generator, normal
 from coherent_ddrm.samplers import sample
 from coherent_ddrm.scene import SAMPLERS, Scene
 from coherent_ddrm.schedule import time_grid
-from coherent_ddrm.structure_losses import edge_counts, f1, iou, segmentation_counts
-
-IGNORE, EDGE = 255, 0.1
+from coherent_ddrm.structure_losses import EDGE_THRESHOLD, IGNORE, edge_counts, f1, iou, segmentation_counts
 
 
 def telea(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
@@ -60,7 +58,9 @@ def scores(result: Tensor, x0: Tensor, hole: Tensor) -> dict[str, float]:
 def stage_one(plan: Tensor, edges: Tensor, labels: Tensor, num_labels: int, hole: Tensor) -> dict[str, float]:
     """Edge F1, mean IoU over labels and foreground IoU, all on hidden pixels."""
     ours, ids = decode_structure(plan)
-    found = edge_counts(ours[:, None].float() / 255, edges[:, None].float() / 255, hole, threshold=EDGE).sum(0)
+    found = edge_counts(ours[:, None].float() / 255, edges[:, None].float() / 255, hole, threshold=EDGE_THRESHOLD).sum(
+        0
+    )
     binary = [torch.where(x == IGNORE, x, (x > 0).to(x.dtype)) for x in (ids, labels)]
     return {
         "edge_f1": round(float(f1(found)), 4),

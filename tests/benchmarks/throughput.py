@@ -65,7 +65,7 @@ def steps(examples, num_labels: int):
         ("stage two", dit, diffusion, DiffusionRun()),
         ("stage one", predictor, structure, StructureRun()),
     ):
-        learner = Learner(net, **optimizer_options(run))
+        learner = Learner(net, **(optimizer_options(run) | {"optimizer": "adamw"}))
 
         def step(learner=learner, loss=loss):
             with torch.autocast(DEVICE, torch.bfloat16):
