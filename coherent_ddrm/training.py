@@ -303,6 +303,6 @@ def describe(
         f"{type(net).__name__}: {parameters / 1e6:.2f} M parameters\n"
         f"memory per process: weights, average, gradients, optimizer {20 * parameters / 2**20:.0f} MiB; activations of "
         f"{share} pictures about {activations / 2**20:.0f} MiB\n"
-        f"{count} pictures; {steps} steps of {batch} = {steps * batch / 1e6:.3f} M, {steps * batch / count:.0f} epochs\n"
+        f"{count} pictures; {steps} steps of {batch}, {steps * batch / 1e6:.3f} M, {steps * batch / count:.0f} epochs\n"
         f"{world} process(es); starting at step {start}"
     )
