@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from coherent_ddrm.models.attention import EveryToken, Ragged, attend, hole_sees, known_sees, token_levels
 from coherent_ddrm.models.dit import SIZES, DiT, make_dit
+from coherent_ddrm.models.ends import Tail, patchify, unpatchify
 from coherent_ddrm.models.fill import pull_push
-from coherent_ddrm.models.layers import patchify, token_windows, unpatchify
 
 LABELS = 5
 
@@ -270,12 +270,17 @@ def test_rows_with_nothing_known_stay_finite():
     assert attend(q, q, q, known_sees(tokens)).isfinite().all()
 
 
-def test_attend_equals_the_fused_kernel():
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_attend_is_softmax_attention(dtype, atol):
     q, k, v = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
     allowed = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(1)) > 0.5
     allowed |= torch.eye(6, dtype=torch.bool)
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None]).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(attend(q, k, v, allowed), expected)
+    score = torch.einsum("bhqd,bhkd->bhqk", q, k) / 8**0.5
+    weight = score.exp() * allowed[:, None]
+    expected = torch.einsum("bhqk,bhkd->bqhd", weight / weight.sum(dim=-1, keepdim=True), v).flatten(2)
+    out = attend(q.to(dtype), k.to(dtype), v.to(dtype), allowed)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, atol=atol, rtol=atol)
 
 
 @pytest.mark.parametrize("counts", [(3, 1, 0, 4), (2, 2, 2, 2), (4, 4, 4, 4)])
@@ -293,12 +298,20 @@ def test_packing_round_trip(counts):
     assert EveryToken().pack(x) is x
 
 
-def test_patches_and_windows():
+def test_patches_round_trip():
     x = torch.randn(2, 3, 16, 24)
     assert torch.equal(unpatchify(patchify(x, 8), 8, 16, 24), x)
-    windows = token_windows(F.pad(x, (2, 2, 2, 2)), 8, 2)
-    assert windows.shape == (2, 2, 3, 3, 12, 12)
-    assert torch.equal(windows[1, 1, 2, :, 2:-2, 2:-2], x[1, :, 8:16, 16:24])
+
+
+def test_the_tail_at_some_tokens_equals_the_whole_picture_there():
+    tail = Tail(feature_channels=4, pixel_channels=5, width=6, out_channels=3, patch=8)
+    torch.nn.init.normal_(tail.conv2.weight)
+    member = torch.tensor([[True, False, True, True, False, True], [False, False, True, False, False, False]])
+    tokens = Ragged(member)
+    features, pixels, static = torch.randn(2, 6, 4 * 64), torch.randn(2, 3, 16, 24), torch.randn(2, 2, 16, 24)
+    whole = tail(features * member[..., None], pixels, static)  # (2, 3, 16, 24)
+    some = tail.at(tokens, tokens.pack(features), pixels, tail.windows(static, tokens))
+    torch.testing.assert_close(some, tokens.pack(patchify(whole, 8)))
 
 
 # ---- the smooth fill -------------------------------------------------------------------------------------------------

@@ -69,7 +69,9 @@ class Ragged:
         return x[self.sample, self.position]
 
     def per_sample(self, x: Tensor) -> Tensor:
-        """(B, C), one row per sample -> broadcastable against packed rows."""
+        """(B, C), one row per sample, or (1, C), one for all -> broadcastable against packed rows."""
+        if len(x) == 1:
+            return x
         return x[:, None] if self.uniform else x[self.sample]
 
     def pad(self, x: Tensor) -> Tensor:
@@ -87,12 +89,16 @@ class Ragged:
         """(B, N) values per token -> (B, L) in slot order, zeros in empty slots."""
         return self.pad(self.pack(x[..., None]))[..., 0]
 
+    def rows(self, x: Tensor) -> Tensor:
+        """packed -> (M, C), one row per token."""
+        return x.reshape(-1, x.shape[-1])
+
     def scatter(self, x: Tensor, grid: int) -> Tensor:
-        """packed -> (B, grid, C), zeros where no token is."""
+        """packed, or (M, C) -> (B, grid, C), zeros where no token is."""
         if self.uniform and self.width == grid:
-            return x
+            return x.reshape(len(self.member), grid, x.shape[-1])
         blank = x.new_zeros(len(self.member), grid, x.shape[-1])
-        return blank.index_put((self.sample, self.position), x.reshape(-1, x.shape[-1]))
+        return blank.index_put((self.sample, self.position), self.rows(x))
 
 
 class EveryToken:
@@ -109,7 +115,7 @@ class EveryToken:
         return x
 
     def per_sample(self, x: Tensor) -> Tensor:
-        """(B, C) -> (B, 1, C)"""
+        """(B or 1, C) -> (B or 1, 1, C)"""
         return x[:, None]
 
 
@@ -121,8 +127,8 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v, heads merged again.
 
-    On CUDA the fused kernel. On a CPU two plain matrix products: torch's fused CPU kernel took 3 to 4 times as long in
-    bf16, forward and backward, at 64 and 256 tokens.
+    torch's fused kernel, except in bf16 on a CPU: there two plain matrix products take a third of its time, forward and
+    backward, at 64 and 256 tokens. In fp32 the fused kernel is the faster one there, too.
 
     Args:
         q: (B, heads, Lq, d);  k, v: (B, heads, Lk, d).
@@ -132,7 +138,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Te
         (B, Lq, heads d)
     """
     bias = None if allowed is None else allowed[:, None]
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         score = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         score = score if bias is None else score.masked_fill(~bias, float("-inf"))
         out = score.softmax(dim=-1).to(v.dtype) @ v

@@ -17,9 +17,8 @@ from coherent_ddrm.models.layers import rotate
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x over its root mean square along the last axis, computed in fp32, in the dtype of x."""
-    h = x.float()
-    return (h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+    """x over its root mean square along the last axis."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -28,7 +27,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def norm_rotate(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """QK-norm and rotary positions. x: (B, heads, L, d); cos, sin: (B or 1, 1, L, d / 2)."""
+    """QK-norm and rotary positions. x: (B, heads, L, d); cos, sin: (B or 1, 1, L, d)."""
     return rotate(rms_norm(x) * scale.to(x.dtype), cos.to(x.dtype), sin.to(x.dtype))
 
 
@@ -45,7 +44,7 @@ def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 @dataclass
 class Rotary:
-    """cos and sin of the tokens in use, (B or 1, 1, L, head_dim / 2)."""
+    """cos and sin of the tokens in use as `rotate` takes them, (B or 1, 1, L, head_dim)."""
 
     cos: Tensor
     sin: Tensor

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from coherent_ddrm.models.attention import EveryToken, Ragged, all_see, hole_sees, known_sees, token_levels
 from coherent_ddrm.models.block import Block, Plan, Rotary, modulate
+from coherent_ddrm.models.ends import Head, Tail, patchify, unpatchify
 from coherent_ddrm.models.fill import pull_push
-from coherent_ddrm.models.layers import Head, Tail, TimeEmbedding, patchify, rotary_table, token_windows, unpatchify
+from coherent_ddrm.models.layers import TimeEmbedding, rotary_table
 from coherent_ddrm.models.preconditioning import precondition
 from coherent_ddrm.schedule import Schedule, make_schedule
 
@@ -51,6 +52,8 @@ class Context:
     known: Tensor  # (B, 1, H, W)
     tokens: Ragged | EveryToken  # the tokens that run: hole tokens, or all
     still: Tensor | None  # (B, N, 1) bool, those of them at time 0; None = none
+    still_modulation: list[Tensor]  # per block, adaLN at time 0, (1, 6 dim)
+    tail_static: Tensor | None  # what the tail sees at any time, fill and known: (B, C + 1, H, W), or tokens' windows
     embedding: Tensor  # packed (.., dim)
     rotary: Rotary
     past: list[tuple[Tensor, Tensor]] | None  # per block, keys and values of the known tokens, if they ran before
@@ -124,7 +127,7 @@ class DiT(ModelMixin, ConfigMixin):
         self.final_modulation = nn.Linear(dim, 2 * dim)
         out = tail_features if tail else in_channels
         self.final = nn.Linear(dim, out * pixels)
-        self.conv_tail = Tail(tail_features, 2 * in_channels + 1, tail, in_channels) if tail else None
+        self.conv_tail = Tail(tail_features, 2 * in_channels + 1, tail, in_channels, patch) if tail else None
         self.apply(_xavier)
         self._start_as_identity()
 
@@ -192,7 +195,9 @@ class DiT(ModelMixin, ConfigMixin):
         plan_tokens = self._structure_tokens(structure, drop_structure, x)
         known_map = F.avg_pool2d(known, self.config.patch)[:, 0] == 1  # (B, h, w)
         still = known_map.flatten(1)  # (B, N): known tokens
-        past = self._known_pass(x, fill, known, embedding, still, plan_tokens) if cached else None
+        time_0 = F.silu(self.time(torch.zeros(1, device=x.device)))  # (1, dim)
+        modulation_0 = [block.modulation(time_0) for block in self.blocks]  # (1, 6 dim) each
+        past = self._known_pass(x, fill, known, embedding, still, plan_tokens, modulation_0) if cached else None
         if draws > 1:
             repeat = lambda v: v.repeat_interleave(draws, dim=0)  # noqa: E731
             fill, known, embedding, still, known_map = map(repeat, (fill, known, embedding, still, known_map))
@@ -205,6 +210,8 @@ class DiT(ModelMixin, ConfigMixin):
             known=known,
             tokens=tokens,
             still=None if cached else still[..., None],
+            still_modulation=modulation_0,
+            tail_static=self._tail_static(fill, known, tokens),
             embedding=tokens.pack(embedding),
             rotary=rotary,
             past=past,
@@ -216,18 +223,21 @@ class DiT(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def denoise(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
-        """x0_hat of x_t (B, C, H, W) at t (B,), for pictures whose `context` is at hand. (B, C, H, W)"""
+        """x0_hat of x_t (B, C, H, W) at t (B,), for pictures whose `context` is at hand. (B, C, H, W)
+
+        Of all tokens, or, where the context holds the known tokens' keys and values, of hole tokens only.
+        """
         tokens, still, patch = context.tokens, context.still, self.config.patch
         centred, base, scale = precondition(
             self.schedule, x_t, t, context.fill, context.known, self.config.data_std
         )  # (B, C, H, W) each, scale (B, 1, H, W)
         x = context.embedding + self.embed_noisy(tokens.pack(patchify(centred, patch)))
-        time_t = F.silu(self.time(t))  # (B, dim)
-        time_0 = None if still is None else F.silu(self.time(torch.zeros_like(t)))
+        one_time = t.stride(0) == 0  # a number expanded to a batch: modulations are computed once
+        time_t = F.silu(self.time(t[:1] if one_time else t))  # (B or 1, dim)
         for i, block in enumerate(self.blocks):
             modulation = tokens.per_sample(block.modulation(time_t))  # once per sample, never per token
             if still is not None:
-                modulation = torch.where(still, tokens.per_sample(block.modulation(time_0)), modulation)
+                modulation = torch.where(still, context.still_modulation[i], modulation)
             past = None if context.past is None else context.past[i]
             x, _ = block(x, modulation, tokens, context.rotary, context.plans[i], past, context.allowed[i])
         shift, gain = tokens.per_sample(self.final_modulation(time_t)).chunk(2, dim=-1)
@@ -252,21 +262,32 @@ class DiT(ModelMixin, ConfigMixin):
         embedding = self.embed_static(patchify(static, self.config.patch))
         return embedding if self.conv_head is None else embedding + self.conv_head(static)
 
+    def _tail_static(self, fill: Tensor, known: Tensor, tokens: Ragged | EveryToken) -> Tensor | None:
+        if self.conv_tail is None:
+            return None
+        static = torch.cat([fill, known], dim=1)
+        return static if isinstance(tokens, EveryToken) else self.conv_tail.windows(static, tokens)
+
     def _known_pass(
-        self, x: Tensor, fill: Tensor, known: Tensor, embedding: Tensor, still: Tensor, plan_tokens: Tensor | None
+        self,
+        x: Tensor,
+        fill: Tensor,
+        known: Tensor,
+        embedding: Tensor,
+        still: Tensor,
+        plan_tokens: Tensor | None,
+        modulation_0: list[Tensor],
     ) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the known tokens in every block, (B, heads, Lk, head_dim) each."""
         tokens, zero = Ragged(still), torch.zeros(len(x), device=x.device)
         rotary, everywhere = self._rotary(x, tokens), self._rotary(x)
         centred, _, _ = precondition(self.schedule, x, zero, fill, known, self.config.data_std)
         h = tokens.pack(embedding) + self.embed_noisy(tokens.pack(patchify(centred, self.config.patch)))
-        time_0 = F.silu(self.time(zero))  # (B, dim)
         allowed, past = known_sees(tokens), []
         for i, block in enumerate(self.blocks):
             plan = None if plan_tokens is None else block.plan(plan_tokens, tokens, everywhere)
             last = i == len(self.blocks) - 1  # nothing reads what known tokens become after the last block
-            modulation = tokens.per_sample(block.modulation(time_0))
-            h, own = block(h, modulation, tokens, rotary, plan, allowed=allowed, keys_only=last)
+            h, own = block(h, modulation_0[i], tokens, rotary, plan, allowed=allowed, keys_only=last)
             past.append(own)
         return past
 
@@ -298,8 +319,8 @@ class DiT(ModelMixin, ConfigMixin):
         ]  # (1, N, head_dim / 2)
         if tokens is not None:
             angle = tokens.pad(tokens.pack(angle.expand(len(tokens.member), -1, -1)))
-        angle = angle[:, None]  # (B or 1, 1, L, head_dim / 2)
-        return Rotary(angle.cos(), angle.sin())
+        cos, sin = angle[:, None].cos(), angle[:, None].sin()  # (B or 1, 1, L, head_dim / 2)
+        return Rotary(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
     def _structure_tokens(self, structure: Tensor | None, drop: Tensor | None, x: Tensor) -> Tensor | None:
         """The plan as tokens (B, N, structure_dim), the learned null where there is none; None if no plan is taken."""
@@ -320,20 +341,13 @@ class DiT(ModelMixin, ConfigMixin):
 
     def _pixels(self, features: Tensor, centred: Tensor, context: Context) -> Tensor:
         """The raw output (B, C, H, W) from the final features of the tokens that ran; 0 where no token ran."""
-        H, W, patch, holes = *centred.shape[-2:], self.config.patch, context.tokens
-        grid = (H // patch) * (W // patch)
-        raw = unpatchify(holes.scatter(features, grid), patch, H, W)
-        if self.conv_tail is None:
-            return raw
-        pixels = torch.cat([centred, context.fill, context.known], dim=1).to(raw.dtype)
-        canvas = F.pad(torch.cat([raw, pixels], dim=1), (self.conv_tail.halo,) * 4)
-        side = patch + 2 * self.conv_tail.halo
-        if isinstance(holes, EveryToken) or len(holes) * side**2 >= canvas[:, 0].numel():
-            return self.conv_tail(canvas)
-        windows = token_windows(canvas, patch, self.conv_tail.halo)  # (B, h, w, C, side, side), a view
-        row, column = holes.position // (W // patch), holes.position % (W // patch)
-        patches = self.conv_tail(windows[holes.sample, row, column]).flatten(1)  # (M, C patch patch)
-        return unpatchify(holes.scatter(patches, grid), patch, H, W)
+        H, W, patch, tokens = *centred.shape[-2:], self.config.patch, context.tokens
+        centred = centred.to(features.dtype)
+        if self.conv_tail is not None and isinstance(tokens, EveryToken):
+            return self.conv_tail(features, centred, context.tail_static)
+        if self.conv_tail is not None:
+            features = self.conv_tail.at(tokens, features, centred, context.tail_static)
+        return unpatchify(tokens.scatter(features, (H // patch) * (W // patch)), patch, H, W)
 
 
 @dataclass

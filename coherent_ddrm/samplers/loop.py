@@ -29,7 +29,7 @@ class Sampler:
     def predict(self, x_t: Tensor, t: float) -> Tensor:
         """x0_hat = denoiser(x_t, t), one network evaluation. (B, C, H, W)"""
         self.nfe += 1
-        return self.denoiser(x_t, torch.full((len(x_t),), t, dtype=torch.float32, device=x_t.device))
+        return self.denoiser(x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device).expand(len(x_t)))
 
     def step(self, x_t: Tensor, t: float, s: float, rng: Rng) -> Tensor:
         """x_t -> x_s for s < t."""

@@ -1,7 +1,8 @@
 """Sampling time, cached against full-token, in interleaved pairs: python tests/benchmarks/sampling.py [--size demo]
 
 Both runs use the same weights, the same steps and the same precomputed static parts; the full run only lacks the known
-tokens' keys and values. Ceiling: 1 / (h + (1 - h) / N) for a hole-token share h and N steps. Absolute times are of this
+tokens' keys and values. Small operations on two threads of a shared machine wait for each other more than they compute;
+--threads 1 shows the work itself. Ceiling: 1 / (h + (1 - h) / N) for a hole-token share h and N steps. Absolute times are of this
 machine and moment; the ratio is what counts.
 """
 
@@ -71,7 +72,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.25, 0.5, 0.75])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, help="default: torch's own")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     net = make_dit(options.size, structure_channels=22).eval()
     for p in net.parameters():  # open the zero gates, so that agreement means something
