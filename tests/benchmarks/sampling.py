@@ -1,9 +1,9 @@
 """Sampling time, cached against full-token, in interleaved pairs: python tests/benchmarks/sampling.py [--size demo]
 
 Both runs use the same weights, the same steps and the same precomputed static parts; the full run only lacks the known
-tokens' keys and values. Small operations on two threads of a shared machine wait for each other more than they compute;
---threads 1 shows the work itself. Ceiling: 1 / (h + (1 - h) / N) for a hole-token share h and N steps. Absolute times are of this
-machine and moment; the ratio is what counts.
+tokens' keys and values. Ceiling: 1 / (h + (1 - h) / N) for a hole-token share h and N steps. Absolute times are of this
+machine and moment; the ratio is what counts. On two threads of a shared machine small operations wait for each other
+more than they compute; --threads 1 shows the work itself.
 """
 
 import argparse
