@@ -14,7 +14,8 @@ import inspect
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,15 @@ from coherent_ddrm.scene import PLANNED, SAMPLERS, Scene
 from coherent_ddrm.schedule import time_grid, travel_path
 
 CLASSES = {"transformer": DiT, "structure": StructurePredictor}  # what a checkpoint's components may be
+
+
+@contextmanager
+def damage() -> Iterator[None]:
+    """Numbers that are not finite are the checkpoint's fault."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise CheckpointError(f"the network returned numbers that are not finite: {error}") from error
 
 
 @dataclass
@@ -255,7 +265,8 @@ class CoherentInpaintPipeline(DiffusionPipeline):
             repeats = len(keys) // len(y) if steps > 1 else 1
             rng = [keyed_generator(*key, 1) for key in keys] if steps > 1 else None  # 1: apart from stage two's noise
             rows = [x.repeat_interleave(repeats, dim=0) for x in (y, hole)]
-            predicted = predict_plan(self.structure, *rows, steps=steps, rng=rng)
+            with damage():
+                predicted = predict_plan(self.structure, *rows, steps=steps, rng=rng)
         places = [
             plans.Place(w, p.hole.shape, (channels, *y.shape[-2:])) for p, w in zip(pictures, windows, strict=True)
         ]
@@ -270,7 +281,7 @@ class CoherentInpaintPipeline(DiffusionPipeline):
         callback: Callable[..., dict[str, Tensor] | None] | None,
         names: Sequence[str],
     ) -> Tensor:
-        """The sampler's loop with progress bar and callback -> finite x_0."""
+        """The sampler's loop with progress bar and callback -> x_0."""
         unknown = sorted(set(names) - {"latents"})
         if unknown:
             raise UserError(f"callback_on_step_end_tensor_inputs names {unknown[0]!r}; only 'latents' is known")
@@ -286,10 +297,8 @@ class CoherentInpaintPipeline(DiffusionPipeline):
                     raise UserError(f"the callback returned latents {tuple(changed.shape)} for {tuple(x_s.shape)}")
                 return None if changed is None else changed.to(x_s)
 
-            x_0 = sample(engine, x_1, times, rng, on_step)
-        if not bool(torch.isfinite(x_0).all()):
-            raise CheckpointError("the network returned numbers that are not finite; its weights are damaged")
-        return x_0
+            with damage():
+                return sample(engine, x_1, times, rng, on_step)
 
     def _autocast(self) -> torch.autocast:
         """Networks compute in the dtype of their weights; inputs, schedule and projection stay in fp32."""

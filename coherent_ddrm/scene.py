@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coherent_ddrm.models.dit import DiT, InContext
-from coherent_ddrm.operators import Inpainting
+from coherent_ddrm.operators import Inpainting, Observation
 from coherent_ddrm.samplers import DDNM, Coherent, Sampler
 
 
@@ -22,19 +22,23 @@ class Scene:
     plan: Tensor | None  # (N, 1 + L, R, R)
     draws: int  # so many rows after one another share their picture and plan
 
+    @property
+    def observation(self) -> Observation:
+        return Observation(self.y, Inpainting(self.hole))
+
 
 def make_coherent(net: DiT, scene: Scene, eta: float | None) -> Sampler:
     """Our method; eta 0 unless given. Known tokens are computed once, if the network's attention allows it."""
     own = slice(None, None, scene.draws)
     plan = None if scene.plan is None else scene.plan[own]
     context = net.context(scene.y[own], scene.hole[own], plan, draws=scene.draws, cached=net.config.one_way)
-    return Coherent(InContext(net, context), Inpainting(scene.hole), scene.y, eta or 0.0)
+    return Coherent(InContext(net, context), scene.observation, eta or 0.0)
 
 
 def make_ddnm(net: DiT, scene: Scene, eta: float | None) -> Sampler:
     """The same network as an unconditional prior: it is not told what is known, nor the plan. eta 0.85 unless given."""
     prior = InContext(net, net.context(torch.zeros_like(scene.y), cached=False))
-    return DDNM(prior, Inpainting(scene.hole), scene.y, 0.85 if eta is None else eta)
+    return DDNM(prior, scene.observation, 0.85 if eta is None else eta)
 
 
 SAMPLERS: dict[str, Callable[[DiT, Scene, float | None], Sampler]] = {"coherent": make_coherent, "ddnm": make_ddnm}

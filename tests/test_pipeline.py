@@ -15,7 +15,6 @@ import coherent_ddrm
 from coherent_ddrm.denoiser import Bound
 from coherent_ddrm.errors import CheckpointError, UserError
 from coherent_ddrm.export import write_manifest
-from coherent_ddrm.operators import Inpainting
 from coherent_ddrm.pipeline import CoherentInpaintPipeline
 from coherent_ddrm.samplers import Coherent
 from coherent_ddrm.scene import SAMPLERS
@@ -208,7 +207,7 @@ def test_cache_equals_the_full_network(pipe, monkeypatch):
 
     def full(net, scene, eta):
         bound = Bound(net, {"hole": scene.hole, "structure": scene.plan})
-        return Coherent(bound, Inpainting(scene.hole), scene.y)
+        return Coherent(bound, scene.observation)
 
     picture, hole = make_picture(32, 32), make_hole(32, 32)
     cached = pipe(picture, hole, generator=0, candidates=2).images

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coherent_ddrm.denoiser import Bound
-from coherent_ddrm.operators import Inpainting
+from coherent_ddrm.operators import Inpainting, Observation
 from coherent_ddrm.rng import keyed_generator, normal
 from coherent_ddrm.samplers import DDIM, DDNM, Coherent, sample
 from coherent_ddrm.schedule import SCHEDULES, Flow, make_schedule, time_grid, travel_path
@@ -74,7 +74,7 @@ def test_ddim_marginal_with_an_oracle(eta):
 def test_travel_keeps_the_marginal(sampler):
     x0 = torch.full((8, 3, 64, 64), 0.4)
     rng = [keyed_generator(2, i) for i in range(8)]
-    args = (Inpainting(torch.ones(8, 1, 64, 64)), x0) if sampler is Coherent else ()
+    args = (Observation(x0, Inpainting(torch.ones(8, 1, 64, 64))),) if sampler is Coherent else ()
     x_t = 0.7 * x0 + 0.3 * normal(x0, rng)
     residual = sampler(Oracle(x0), *args).travel(x_t, 0.3, 0.5, rng) - 0.5 * x0
     assert float(residual.std()) / 0.5 == pytest.approx(1, abs=0.01)
@@ -92,7 +92,7 @@ def test_known_pixels_come_back_to_the_bit(method, travel):
     x_1, rng = start(2)
     y, hole = torch.rand(2, 3, 32, 32) * 2 - 1, half_hole()
     times = travel_path(time_grid(20), 5, 2) if travel else time_grid(20)
-    x0 = sample(method(GaussianPrior(Flow()), Inpainting(hole), y), x_1, times, rng)
+    x0 = sample(method(GaussianPrior(Flow()), Observation(y, Inpainting(hole))), x_1, times, rng)
     assert torch.equal(x0 * (1 - hole), y * (1 - hole))
     inside = x0[hole.expand_as(x0) > 0]
     assert float(inside.mean()) == pytest.approx(0.3, abs=0.06)
@@ -107,7 +107,7 @@ def test_coherent_gives_clean_known_pixels_to_the_denoiser():
             return self.x0
 
     x_1, rng = start(2)
-    sample(Coherent(Spy(y), Inpainting(hole), y, eta=0.5), x_1, travel_path(time_grid(10), 2, 2), rng)
+    sample(Coherent(Spy(y), Observation(y, Inpainting(hole)), eta=0.5), x_1, travel_path(time_grid(10), 2, 2), rng)
     assert all(torch.equal(x_t * (1 - hole), y * (1 - hole)) for x_t in seen)
 
 
@@ -115,10 +115,12 @@ def test_coherent_gives_clean_known_pixels_to_the_denoiser():
 def test_a_picture_does_not_depend_on_its_batch(method):
     y, hole = torch.rand(4, 3, 32, 32), half_hole(4)
     x_1, rng = start(4)
-    together = sample(method(GaussianPrior(Flow()), Inpainting(hole), y, eta=0.5), x_1, time_grid(5), rng)
+    together = sample(method(GaussianPrior(Flow()), Observation(y, Inpainting(hole)), eta=0.5), x_1, time_grid(5), rng)
     rng = [keyed_generator(0, 2)]
     x_1 = normal(torch.zeros(1, 3, 32, 32), rng)
-    alone = sample(method(GaussianPrior(Flow()), Inpainting(hole[2:3]), y[2:3], eta=0.5), x_1, time_grid(5), rng)
+    alone = sample(
+        method(GaussianPrior(Flow()), Observation(y[2:3], Inpainting(hole[2:3])), eta=0.5), x_1, time_grid(5), rng
+    )
     torch.testing.assert_close(together[2:3], alone, rtol=0, atol=0)
 
 

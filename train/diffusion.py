@@ -23,7 +23,7 @@ from coherent_ddrm.learner import Learner
 from coherent_ddrm.losses import diffusion_loss, hole_mean, v_weight
 from coherent_ddrm.models.dit import DiT, InContext, make_dit
 from coherent_ddrm.models.structure import StructurePredictor, decode_structure, encode_structure, predict_plan
-from coherent_ddrm.operators import Inpainting
+from coherent_ddrm.operators import Inpainting, Observation
 from coherent_ddrm.rng import keyed_generator, normal
 from coherent_ddrm.samplers import Coherent, sample
 from coherent_ddrm.schedule import add_noise, expand, time_grid
@@ -128,7 +128,7 @@ class Validation:
         plan = None if self.plan is None else self.plan[:count]
         denoiser = InContext(net, net.context(x0, hole, plan, cached=net.config.one_way))
         rng = [keyed_generator(3, i) for i in range(len(x0))]
-        result = sample(Coherent(denoiser, Inpainting(hole), x0), normal(x0, rng), time_grid(steps), rng)
+        result = sample(Coherent(denoiser, Observation(x0, Inpainting(hole))), normal(x0, rng), time_grid(steps), rng)
         one_step = denoiser(torch.where(hole > 0, z, x0), torch.ones(len(x0), device=x0.device))
         columns = [to_uint8(v.float().clamp(-1, 1)) for v in (x0 * (1 - hole), one_step, result, x0)]
         titles = ["input", "one step", f"{steps} steps", "truth"]

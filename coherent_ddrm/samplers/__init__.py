@@ -3,6 +3,6 @@
 from coherent_ddrm.samplers.coherent import Coherent
 from coherent_ddrm.samplers.ddim import DDIM
 from coherent_ddrm.samplers.ddnm import DDNM
-from coherent_ddrm.samplers.loop import Sampler, sample
+from coherent_ddrm.samplers.loop import Restorer, Sampler, sample
 
-__all__ = ["DDIM", "DDNM", "Coherent", "Sampler", "sample"]
+__all__ = ["DDIM", "DDNM", "Coherent", "Restorer", "Sampler", "sample"]

@@ -12,28 +12,31 @@ from __future__ import annotations
 from torch import Tensor
 
 from coherent_ddrm.denoiser import Denoiser, eps_from_x0
-from coherent_ddrm.operators import Inpainting
+from coherent_ddrm.operators import Inpainting, Observation
 from coherent_ddrm.samplers.ddim import renoise
-from coherent_ddrm.samplers.loop import Rng, Sampler
+from coherent_ddrm.samplers.loop import Restorer, Rng
 
 
-class Coherent(Sampler):
+class Coherent(Restorer):
     """Inpainting with a denoiser that takes clean known pixels.
 
     Args:
         denoiser: conditioned on the hole (and the plan) beforehand.
-        operator: Inpainting(hole).
-        y: the picture, (B, C, H, W) in [-1, 1]; hole pixels are not read.
+        observation: the picture and Inpainting(hole); hole pixels of y are not read.
     """
 
-    def __init__(self, denoiser: Denoiser, operator: Inpainting, y: Tensor, eta: float = 0.0):
-        super().__init__(denoiser)
-        self.operator, self.y, self.eta = operator, y, eta
+    needs = Inpainting
+
+    def __init__(self, denoiser: Denoiser, observation: Observation, eta: float = 0.0):
+        super().__init__(denoiser, observation)
+        self.eta = eta
+
+    def start(self, z: Tensor, t: float) -> Tensor:
+        return self.operator.project(z, self.y)
 
     def step(self, x_t: Tensor, t: float, s: float, rng: Rng) -> Tensor:
         alpha_t, sigma_t = self.alpha_sigma(t, x_t)
         alpha_s, sigma_s = self.alpha_sigma(s, x_t)
-        x_t = self.operator.project(x_t, self.y)
         x0_hat = self.operator.project(self.predict(x_t, t), self.y)
         eps = eps_from_x0(x_t, x0_hat, alpha_t, sigma_t)
         return self.operator.project(renoise(x0_hat, eps, alpha_s, sigma_s, self.eta, rng), self.y)

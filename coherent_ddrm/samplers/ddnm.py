@@ -9,22 +9,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from coherent_ddrm.denoiser import Denoiser, eps_from_x0
-from coherent_ddrm.operators import Inpainting
+from coherent_ddrm.operators import Observation
 from coherent_ddrm.samplers.ddim import renoise
-from coherent_ddrm.samplers.loop import Rng, Sampler
+from coherent_ddrm.samplers.loop import Restorer, Rng
 
 
-class DDNM(Sampler):
-    """Zero-shot restoration with an unconditional prior.
+class DDNM(Restorer):
+    """Zero-shot restoration with an unconditional prior and any pair (A, pinv); takes y as free of noise."""
 
-    Args:
-        operator: the degradation, with `project(x, y)`.
-        y: the measurement, (B, C, H, W) for inpainting.
-    """
-
-    def __init__(self, denoiser: Denoiser, operator: Inpainting, y: Tensor, eta: float = 0.85):
-        super().__init__(denoiser)
-        self.operator, self.y, self.eta = operator, y, eta
+    def __init__(self, denoiser: Denoiser, observation: Observation, eta: float = 0.85):
+        super().__init__(denoiser, observation)
+        self.eta = eta
 
     def step(self, x_t: Tensor, t: float, s: float, rng: Rng) -> Tensor:
         alpha_t, sigma_t = self.alpha_sigma(t, x_t)

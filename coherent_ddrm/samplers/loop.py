@@ -9,27 +9,31 @@ import torch
 from torch import Tensor
 
 from coherent_ddrm.denoiser import Denoiser
+from coherent_ddrm.operators import LinearOperator, Observation, Operator, SpectralOperator
 from coherent_ddrm.rng import normal
+from coherent_ddrm.schedule import time_grid
 
 Rng = Sequence[torch.Generator]
 
 
 class Sampler:
-    """One method: `step` goes from t to s < t, `travel` goes back to s > t. Counts network evaluations in `nfe`."""
+    """One method: `start` makes the first x_t, `step` goes from t to s < t, `travel` goes back to s > t.
+
+    `nfe` counts network evaluations per picture. No state but that is kept between moves unless a method says so.
+    """
 
     def __init__(self, denoiser: Denoiser):
         self.denoiser = denoiser
         self.schedule = denoiser.schedule
         self.nfe = 0
 
-    def alpha_sigma(self, t: float, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha_t, sigma_t) as 0-dim tensors on the device of `like`, in fp32."""
-        return self.schedule(torch.tensor(t, dtype=torch.float32, device=like.device))
+    def times(self, steps: int, shift: float = 1.0) -> list[float]:
+        """The times to walk for `steps` steps: a plain grid, unless the method travels back."""
+        return time_grid(steps, shift)
 
-    def predict(self, x_t: Tensor, t: float) -> Tensor:
-        """x0_hat = denoiser(x_t, t), one network evaluation. (B, C, H, W)"""
-        self.nfe += 1
-        return self.denoiser(x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device).expand(len(x_t)))
+    def start(self, z: Tensor, t: float) -> Tensor:
+        """x_t at the first time (usually 1) from standard normal noise z (B, C, H, W)."""
+        return z
 
     def step(self, x_t: Tensor, t: float, s: float, rng: Rng) -> Tensor:
         """x_t -> x_s for s < t."""
@@ -43,19 +47,58 @@ class Sampler:
         spread = (sigma_s**2 - (ratio * sigma_t) ** 2).clamp(min=0).sqrt()
         return ratio * x_t + spread * normal(x_t, rng)
 
+    def alpha_sigma(self, t: float, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha_t, sigma_t) as 0-dim tensors on the device of `like`, in fp32."""
+        return self.schedule(torch.tensor(t, dtype=torch.float32, device=like.device))
+
+    def predict(self, x_t: Tensor, t: float) -> Tensor:
+        """x0_hat = denoiser(x_t, t) in fp32, one network evaluation. (B, C, H, W)"""
+        self.nfe += 1
+        return self.denoiser(x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device).expand(len(x_t))).float()
+
+
+class Restorer(Sampler):
+    """A method that restores a measurement: `observation` holds y, A and sigma_y."""
+
+    needs: type[Operator] = LinearOperator  # the least an operator must be
+
+    def __init__(self, denoiser: Denoiser, observation: Observation):
+        super().__init__(denoiser)
+        if not isinstance(observation.operator, self.needs):
+            raise ValueError(
+                f"{type(self).__name__} {NEEDS[self.needs]}, which {type(observation.operator).__name__} is not; "
+                f"choose another method or operator"
+            )
+        self.observation, self.operator = observation, observation.operator
+        self.y, self.sigma_y = observation.y, observation.sigma_y
+
+
+NEEDS = {
+    LinearOperator: "needs a linear operator with a pseudo-inverse",
+    SpectralOperator: "needs an operator with a singular value decomposition",
+}
 
 Callback = Callable[[int, float, Tensor], "Tensor | None"]
 
 
-def sample(sampler: Sampler, x_1: Tensor, times: Sequence[float], rng: Rng, callback: Callback | None = None) -> Tensor:
-    """Walk x_1 (B, C, H, W) along `times` (first 1, last 0) and return x0.
+def sample(sampler: Sampler, z: Tensor, times: Sequence[float], rng: Rng, callback: Callback | None = None) -> Tensor:
+    """Walk from noise z (B, C, H, W) along `times` (first 1, last 0) and return x0.
 
     `callback(i, s, x_s)` is called after move i; a tensor that it returns replaces x_s. It must raise to stop.
+    Raises FloatingPointError naming the first move after which x_s was not finite.
     """
-    x_t = x_1
+    x_t = sampler.start(z, times[0])
+    moves = len(times) - 1
+    broken = torch.full((), moves, device=z.device)  # first move that failed; looked at once, so that no move waits
     for i, (t, s) in enumerate(pairwise(times)):
         x_t = sampler.step(x_t, t, s, rng) if s < t else sampler.travel(x_t, t, s, rng)
         if callback is not None:
             changed = callback(i, s, x_t)
             x_t = x_t if changed is None else changed
+        broken = torch.where(x_t.isfinite().all(), broken, broken.clamp(max=i))
+    if (i := int(broken)) < moves:
+        raise FloatingPointError(
+            f"{type(sampler).__name__}: x_t is not finite after move {i + 1} of {moves} (t {times[i]:.4g} -> "
+            f"{times[i + 1]:.4g}); the network's weights or the method's settings are unfit"
+        )
     return x_t

@@ -13,7 +13,7 @@ import time
 import torch
 
 from coherent_ddrm.models.dit import DiT, InContext, make_dit
-from coherent_ddrm.operators import Inpainting
+from coherent_ddrm.operators import Inpainting, Observation
 from coherent_ddrm.rng import keyed_generator, normal
 from coherent_ddrm.samplers import Coherent, sample
 from coherent_ddrm.schedule import time_grid
@@ -33,7 +33,7 @@ def inpaint(net: DiT, x0, hole, structure, steps: int, cached: bool) -> torch.Te
     """One whole run, the context included."""
     rng = [keyed_generator(0, i) for i in range(len(x0))]
     context = net.context(x0, hole, structure, cached=cached)
-    sampler = Coherent(InContext(net, context), Inpainting(hole), x0)
+    sampler = Coherent(InContext(net, context), Observation(x0, Inpainting(hole)))
     return sample(sampler, normal(x0, rng), time_grid(steps), rng)
 
 
