@@ -30,7 +30,7 @@ class VPCosine:
     """Variance preserving: alpha_t = cos(pi t / 2), sigma_t = sin(pi t / 2)."""
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cos(t * (math.pi / 2)), torch.sin(t * (math.pi / 2))
+        return torch.cos(t * (math.pi / 2)).clamp(min=0), torch.sin(t * (math.pi / 2))  # cos(pi / 2) rounds below 0
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,29 @@ def test_context_never_reads_the_hole():
 
 
 @torch.no_grad()
+def test_a_time_per_pixel():
+    """Times that say what a hole and one time say give the same; a token's own time matters to it."""
+    _, hole, t, x_t, _ = pictures()
+    net = tiny()
+    per_pixel = t[:, None, None, None] * hole
+    torch.testing.assert_close(net(x_t, per_pixel), net(x_t, t, hole), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(net(x_t, t[:, None, None, None].expand(4, 1, 64, 64)), net(x_t, t), atol=1e-5, rtol=1e-5)
+    later = per_pixel.clone()
+    later[2, :, :8, :8] = 0.3
+    assert (net(x_t, later) - net(x_t, per_pixel))[2, :, :8, :8].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_number_expanded_to_a_batch_is_that_time():
+    x0, hole, _, x_t, structure = pictures()
+    net = tiny()
+    for cached in (True, False):
+        context = net.context(x0, hole, structure, cached=cached)
+        one = net.denoise(x_t, torch.tensor([0.4]).expand(4), context)
+        torch.testing.assert_close(one, net.denoise(x_t, torch.full((4,), 0.4), context), atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
 def test_draws_share_the_known_pass():
     net = tiny()
     x0, hole, t, x_t, structure = pictures()

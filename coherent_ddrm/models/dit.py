@@ -11,6 +11,7 @@ attention a known token depends neither on noise nor on t, so `context` computes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,8 @@ class DiT(ModelMixin, ConfigMixin):
         head, tail: MAT's convolutional ends; tail = width of its convolution, 0 for a linear layer.
         data_std: spread of the data around the centre, s in the preconditioning.
     """
+
+    per_pixel_time = True
 
     @register_to_config
     def __init__(
@@ -154,14 +157,17 @@ class DiT(ModelMixin, ConfigMixin):
 
         Args:
             x_t: (B, C, H, W); known pixels are clean, hole pixels at time t.
-            t: (B,) in [0, 1].
-            hole: (B, 1, H, W), 1 = missing; None = all (the unconditional prior).
+            t: (B,) in [0, 1]; or (B, 1, H, W), a time per pixel, 0 exactly on known pixels. A token takes the latest
+                time of its pixels. Training knows two times only, 0 and one more; others are the caller's venture.
+            hole: (B, 1, H, W), 1 = missing; None = where t > 0: all (the unconditional prior) if t is (B,).
             structure: (B, structure_channels, H, W) in [-1, 1]; None = no plan.
             drop_structure: (B,) bool, samples whose plan is to be ignored.
 
         Returns:
             (B, C, H, W); known pixels equal x_t up to rounding.
         """
+        if hole is None and t.ndim == 4:
+            hole = (t > 0).to(x_t.dtype)
         return self.denoise(x_t, t, self.context(x_t, hole, structure, drop_structure, cached=False))
 
     @apply_forward_hook
@@ -223,7 +229,7 @@ class DiT(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def denoise(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
-        """x0_hat of x_t (B, C, H, W) at t (B,), for pictures whose `context` is at hand. (B, C, H, W)
+        """x0_hat of x_t (B, C, H, W) at t (B,) or (B, 1, H, W), for pictures whose `context` is at hand. (B, C, H, W)
 
         Of all tokens, or, where the context holds the known tokens' keys and values, of hole tokens only.
         """
@@ -232,15 +238,14 @@ class DiT(ModelMixin, ConfigMixin):
             self.schedule, x_t, t, context.fill, context.known, self.config.data_std
         )  # (B, C, H, W) each, scale (B, 1, H, W)
         x = context.embedding + self.embed_noisy(tokens.pack(patchify(centred, patch)))
-        one_time = t.stride(0) == 0  # a number expanded to a batch: modulations are computed once
-        time_t = F.silu(self.time(t[:1] if one_time else t))  # (B or 1, dim)
+        time_t, rows = self._time_rows(t, tokens)
         for i, block in enumerate(self.blocks):
-            modulation = tokens.per_sample(block.modulation(time_t))  # once per sample, never per token
+            modulation = rows(block.modulation(time_t))
             if still is not None:
                 modulation = torch.where(still, context.still_modulation[i], modulation)
             past = None if context.past is None else context.past[i]
             x, _ = block(x, modulation, tokens, context.rotary, context.plans[i], past, context.allowed[i])
-        shift, gain = tokens.per_sample(self.final_modulation(time_t)).chunk(2, dim=-1)
+        shift, gain = rows(self.final_modulation(time_t)).chunk(2, dim=-1)
         features = self.final(modulate(x, shift, gain))
         features = features if still is None else features.masked_fill(still, 0)
         return base + scale * self._pixels(features, centred, context).float()
@@ -255,6 +260,17 @@ class DiT(ModelMixin, ConfigMixin):
             )
         if hole.shape != x[:, :1].shape:
             raise ValueError(f"hole has shape {tuple(hole.shape)}; it must be {tuple(x[:, :1].shape)}, one per sample")
+
+    def _time_rows(self, t: Tensor, tokens: Ragged | EveryToken) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The time embedding that modulations are computed from, and how to lay these out for the packed rows.
+
+        One row per sample, never per token, where a sample has one time; one row in all where a batch has: that of a
+        number expanded to a batch.
+        """
+        if t.ndim == 4:
+            latest = F.max_pool2d(t, self.config.patch).flatten(1)  # (B, N)
+            return tokens.pack(F.silu(self.time(latest.flatten())).unflatten(0, latest.shape)), lambda x: x
+        return F.silu(self.time(t[:1] if t.stride(0) == 0 else t)), tokens.per_sample  # (B or 1, dim)
 
     def _embed_static(self, seen: Tensor, known: Tensor) -> Tensor:
         """What a token knows at any time: filled pixels, which of them are known, the head's view. (B, N, dim)"""

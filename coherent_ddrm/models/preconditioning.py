@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coherent_ddrm.schedule import Schedule
+from coherent_ddrm.schedule import Schedule, expand
 
 
 def precondition(
@@ -19,12 +19,12 @@ def precondition(
     """(centred, base, scale) with x0_hat = base + scale F(centred, ...).
 
     Args:
-        x_t, fill: (B, C, H, W); known: (B, 1, H, W), where time is 0 instead of t (B,).
+        x_t, fill: (B, C, H, W); known: (B, 1, H, W), where time is 0 instead of t, (B,) or (B, 1, H, W).
 
     Returns:
         centred and base (B, C, H, W), scale (B, 1, H, W), fp32.
     """
-    alpha_t, sigma_t = schedule(t[:, None, None, None].float() * (1 - known))  # (B, 1, H, W) each
+    alpha_t, sigma_t = schedule(expand(t, x_t).float() * (1 - known))  # (B, 1, H, W) each
     variance = alpha_t**2 * data_std**2 + sigma_t**2
     residual = x_t - alpha_t * fill
     base = fill + alpha_t * data_std**2 / variance * residual

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coherent_ddrm.denoiser import Denoiser
-from coherent_ddrm.operators import LinearOperator, Observation, Operator, SpectralOperator
+from coherent_ddrm.operators import Inpainting, LinearOperator, Observation, Operator, SpectralOperator
 from coherent_ddrm.rng import normal
 from coherent_ddrm.schedule import time_grid
 
@@ -74,6 +74,7 @@ class Restorer(Sampler):
 
 
 NEEDS = {
+    Inpainting: "inpaints: it needs an operator of known pixels",
     LinearOperator: "needs a linear operator with a pseudo-inverse",
     SpectralOperator: "needs an operator with a singular value decomposition",
 }

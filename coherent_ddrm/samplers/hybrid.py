@@ -1,0 +1,25 @@
+"""DDNM with few resamplings, this project's default among zero-shot methods.
+
+A step of DDNM (https://arxiv.org/abs/2212.00490); in the middle of the way, between 0.3 and 0.7 of the steps, RePaint's
+jumps back (https://arxiv.org/abs/2201.09865): early nothing is decided yet, late nothing can be mended any more.
+"""
+
+from __future__ import annotations
+
+from coherent_ddrm.denoiser import Denoiser
+from coherent_ddrm.operators import Observation
+from coherent_ddrm.samplers.ddnm import DDNM
+from coherent_ddrm.schedule import time_grid, travel_path
+
+
+class Hybrid(DDNM):
+    """Args: eta; length, repeats: at every `length`-th step of the window go back as many, `repeats` passes in all."""
+
+    def __init__(
+        self, denoiser: Denoiser, observation: Observation, eta: float = 0.85, length: int = 10, repeats: int = 2
+    ):
+        super().__init__(denoiser, observation, eta)
+        self.length, self.repeats = length, repeats
+
+    def times(self, steps: int, shift: float = 1.0) -> list[float]:
+        return travel_path(time_grid(steps, shift), self.length, self.repeats, window=(0.3, 0.7))
