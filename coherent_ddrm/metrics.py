@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import kornia.metrics
+import torch.nn.functional as F
 from torch import Tensor
 
 from coherent_ddrm.losses import hole_mean
@@ -30,3 +31,18 @@ def ssim(x: Tensor, truth: Tensor, where: Tensor | None = None) -> Tensor:
     """
     value = kornia.metrics.ssim(x, truth, window_size=11, max_val=1.0, padding="valid")
     return _mean(value, None if where is None else where[..., 5:-5, 5:-5])
+
+
+def seam(x: Tensor, truth: Tensor, hole: Tensor) -> Tensor:
+    """Mean absolute error of the differences between neighbouring pixels along the hole's border, (B,).
+
+    The border: pixels whose 3 x 3 neighbourhood holds known and missing ones. 0 where a picture has none.
+    """
+    hole = hole.to(x.dtype)
+    near = F.max_pool2d(hole, 3, stride=1, padding=1) * F.max_pool2d(1 - hole, 3, stride=1, padding=1)  # (B, 1, H, W)
+    error, total = 0.0, 0.0
+    for axis in (-2, -1):
+        pair = (near.narrow(axis, 0, near.shape[axis] - 1) + near.narrow(axis, 1, near.shape[axis] - 1)).clamp(max=1)
+        wrong = (x.diff(dim=axis) - truth.diff(dim=axis)).abs().mean(dim=1, keepdim=True)
+        error, total = error + (pair * wrong).flatten(1).sum(dim=1), total + pair.flatten(1).sum(dim=1)
+    return error / total.clamp(min=1)

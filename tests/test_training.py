@@ -19,7 +19,7 @@ from coherent_ddrm.data import ids_for_step
 from coherent_ddrm.examples import draw_times, logit_normal_time, make_examples
 from coherent_ddrm.learner import EMA, Learner, learning_rate, make_optimizers
 from coherent_ddrm.losses import diffusion_loss, hole_mean
-from coherent_ddrm.metrics import l1, psnr, ssim
+from coherent_ddrm.metrics import l1, psnr, seam, ssim
 from coherent_ddrm.models.dit import make_dit
 from coherent_ddrm.training import (
     NonFiniteLoss,
@@ -242,6 +242,16 @@ def train(script, out, shards, *options):
 
 def rows(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def test_seam_counts_the_step_at_the_border_alone():
+    truth = torch.rand(2, 3, 8, 10, generator=torch.Generator().manual_seed(0))
+    hole = torch.zeros(2, 1, 8, 10)
+    hole[0, :, :, 5:] = 1
+    pairs = 3 * 8 + 2 * 7  # across and beside the border, and along its two columns
+    expected = torch.tensor([0.25 * 8 / pairs, 0.0])
+    torch.testing.assert_close(seam(truth + 0.25 * hole, truth, hole), expected)
+    assert not seam(truth, truth, hole).any()
 
 
 def test_both_stages_train_validate_and_resume(tmp_path, shards):
