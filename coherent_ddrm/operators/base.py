@@ -21,6 +21,13 @@ class Operator:
         """(B, C, H, W) -> the measurement y."""
         raise TypeError(f"{type(self).__name__} does not define A(x)")
 
+    def to(self, device: torch.device | str) -> Operator:
+        """Move the operator's tensors, in place. Without it they are copied to the input's device at every call."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        return self
+
 
 class LinearOperator(Operator):
     """A linear A with its adjoint and its pseudo-inverse."""
@@ -57,19 +64,28 @@ class SpectralOperator(LinearOperator):
 
     def V(self, c: Tensor) -> Tensor:
         """Coordinates -> (B, C, H, W)."""
-        return self.At(self.U(inverse(self.S) * c))
+        return self.At(self.U(inverse(self.S.to(c.device)) * c))
 
     def Vt(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> coordinates; 0 where S = 0."""
-        return inverse(self.S) * self.Ut(self.A(x))
+        return inverse(self.S.to(x.device)) * self.Ut(self.A(x))
 
     def pinv(self, y: Tensor) -> Tensor:
-        return self.At(self.U(inverse(self.S) ** 2 * self.Ut(y)))
+        return self.At(self.U(inverse(self.S.to(y.device)) ** 2 * self.Ut(y)))
 
 
 def inverse(S: Tensor) -> Tensor:
     """1 / S, and 0 where S = 0."""
     return torch.where(S > 0, 1 / S.clamp(min=torch.finfo(S.dtype).tiny), torch.zeros_like(S))
+
+
+def require_size(x: Tensor, size: tuple[int, int]) -> None:
+    """ValueError unless x (..., H, W) has the size that its operator was made for."""
+    if tuple(x.shape[-2:]) != tuple(size):
+        raise ValueError(
+            f"the picture is {x.shape[-2]} x {x.shape[-1]}, its operator was made for {size[0]} x {size[1]}; "
+            f"make one for this size"
+        )
 
 
 @dataclass

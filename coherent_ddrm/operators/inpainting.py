@@ -20,10 +20,10 @@ class Inpainting(SpectralOperator):
         self.S = (~self.hole).float()
 
     def A(self, x: Tensor) -> Tensor:
-        return torch.where(self.hole, torch.zeros_like(x), x)
+        return torch.where(self.hole.to(x.device), torch.zeros_like(x), x)
 
     At = pinv = V = Vt = A
 
     def project(self, x: Tensor, y: Tensor) -> Tensor:
         """Written as a selection: a sum would round, and known pixels are promised to the bit."""
-        return torch.where(self.hole, x, y)
+        return torch.where(self.hole.to(x.device), x, y)

@@ -26,6 +26,7 @@ class Coherent(Restorer):
     """
 
     needs = Inpainting
+    default_steps = 20
 
     def __init__(self, denoiser: Denoiser, observation: Observation, eta: float = 0.0):
         super().__init__(denoiser, observation)

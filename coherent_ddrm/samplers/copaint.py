@@ -27,6 +27,7 @@ class CoPaint(Restorer):
     """
 
     needs = Operator
+    default_steps = 250
 
     def __init__(
         self,

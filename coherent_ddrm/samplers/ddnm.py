@@ -17,6 +17,8 @@ from coherent_ddrm.samplers.loop import Restorer, Rng
 class DDNM(Restorer):
     """Zero-shot restoration with an unconditional prior and any pair (A, pinv); takes y as free of noise."""
 
+    default_steps = 100
+
     def __init__(self, denoiser: Denoiser, observation: Observation, eta: float = 0.85):
         super().__init__(denoiser, observation)
         self.eta = eta

@@ -23,9 +23,16 @@ from coherent_ddrm.schedule import time_grid, travel_path
 
 
 class DDNMPlus(Restorer):
-    """Args: eta; length, repeats: every `length` steps go back as many, `repeats` passes in all; renoise: how."""
+    """Zero-shot restoration that knows how noisy each coordinate of the measurement is.
+
+    Args:
+        eta: share of fresh noise.
+        length, repeats: every `length` steps go back as many, `repeats` passes in all.
+        renoise: "chain" or "marginal", see above.
+    """
 
     needs = SpectralOperator
+    default_steps = 100
 
     def __init__(
         self,

@@ -26,6 +26,8 @@ def posterior(
 class DDPM(Sampler):
     """The unconditional sampler with all of its noise."""
 
+    default_steps = 250
+
     def step(self, x_t: Tensor, t: float, s: float, rng: Rng) -> Tensor:
         x0_hat = self.predict(x_t, t)
         return posterior(x_t, x0_hat, *self.alpha_sigma(t, x_t), *self.alpha_sigma(s, x_t), rng)

@@ -17,9 +17,15 @@ from coherent_ddrm.samplers.loop import Restorer, Rng
 
 
 class DiffPIR(Restorer):
-    """Args: strength: the paper's lambda, weight of the prior against the data; zeta: share of fresh noise variance."""
+    """Half-quadratic splitting: a proximal step on the data, then noise again.
+
+    Args:
+        strength: the paper's lambda, weight of the prior against the data.
+        zeta: share of fresh noise in the variance.
+    """
 
     needs = SpectralOperator
+    default_steps = 100
 
     def __init__(self, denoiser: Denoiser, observation: Observation, strength: float = 7.0, zeta: float = 0.3):
         super().__init__(denoiser, observation)

@@ -18,6 +18,8 @@ from coherent_ddrm.samplers.loop import Rng, Sampler
 class DPMPP(Sampler):
     """Deterministic, second order, keeps the previous prediction."""
 
+    default_steps = 20
+
     def __init__(self, denoiser: Denoiser):
         super().__init__(denoiser)
         self.previous: tuple[Tensor, Tensor] | None = None  # x0_hat and lambda of the step before

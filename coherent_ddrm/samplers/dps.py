@@ -16,13 +16,14 @@ from coherent_ddrm.samplers.loop import Restorer, Rng
 
 
 class DPS(Restorer):
-    """One forward and one backward pass of the network a step.
+    """Ancestral sampling pulled towards the measurement by the gradient through the network.
 
     Args:
         scale: step along the gradient; the paper takes 0.3 to 1 with 1,000 steps.
     """
 
     needs = Operator
+    default_steps = 1000
 
     def __init__(self, denoiser: Denoiser, observation: Observation, scale: float = 1.0):
         super().__init__(denoiser, observation)

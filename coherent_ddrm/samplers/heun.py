@@ -21,6 +21,8 @@ def ode_step(x_t: Tensor, x0_hat: Tensor, alpha_t: Tensor, sigma_t: Tensor, alph
 class Heun(Sampler):
     """Deterministic; the error falls with the square of the step."""
 
+    default_steps = 20
+
     def step(self, x_t: Tensor, t: float, s: float, rng: Rng) -> Tensor:
         levels = (*self.alpha_sigma(t, x_t), *self.alpha_sigma(s, x_t))
         x0_t = self.predict(x_t, t)

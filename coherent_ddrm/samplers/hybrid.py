@@ -13,7 +13,14 @@ from coherent_ddrm.schedule import time_grid, travel_path
 
 
 class Hybrid(DDNM):
-    """Args: eta; length, repeats: at every `length`-th step of the window go back as many, `repeats` passes in all."""
+    """DDNM that comes back to the middle of its way.
+
+    Args:
+        eta: share of fresh noise.
+        length, repeats: at every `length`-th step of the window go back as many, `repeats` passes in all.
+    """
+
+    default_steps = 100
 
     def __init__(
         self, denoiser: Denoiser, observation: Observation, eta: float = 0.85, length: int = 10, repeats: int = 2

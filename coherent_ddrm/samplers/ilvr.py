@@ -16,6 +16,8 @@ from coherent_ddrm.samplers.loop import Restorer, Rng
 class ILVR(Restorer):
     """The measurement is noised to the level of x_s and replaces what x_s has in its place."""
 
+    default_steps = 250
+
     def step(self, x_t: Tensor, t: float, s: float, rng: Rng) -> Tensor:
         alpha_s, sigma_s = self.alpha_sigma(s, x_t)
         x_s = posterior(x_t, self.predict(x_t, t), *self.alpha_sigma(t, x_t), alpha_s, sigma_s, rng)

@@ -22,6 +22,8 @@ class Sampler:
     `nfe` counts network evaluations per picture. No state but that is kept between moves unless a method says so.
     """
 
+    default_steps = 50  # what the method's authors take, or what does well
+
     def __init__(self, denoiser: Denoiser):
         self.denoiser = denoiser
         self.schedule = denoiser.schedule

@@ -19,9 +19,10 @@ from coherent_ddrm.samplers.loop import Restorer, Rng
 
 
 class PiGDM(Restorer):
-    """One forward and one backward pass of the network a step."""
+    """DDIM pulled towards the measurement by the gradient through the network, scaled by how sure x0_hat is."""
 
     needs = SpectralOperator
+    default_steps = 100
 
     def __init__(self, denoiser: Denoiser, observation: Observation, eta: float = 1.0):
         super().__init__(denoiser, observation)

@@ -53,6 +53,7 @@ class RAD(Restorer):
     """
 
     needs = Inpainting
+    default_steps = 100
 
     def __init__(self, denoiser: Denoiser, observation: Observation, amount: Tensor | None = None, phases: int = 1):
         super().__init__(denoiser, observation)

@@ -46,6 +46,7 @@ class RePaint(Restorer):
     """
 
     needs = Inpainting
+    default_steps = 250
 
     def __init__(
         self,
