@@ -20,6 +20,8 @@ from coherent_ddrm.errors import UserError
 from coherent_ddrm.images import ImageError
 
 if TYPE_CHECKING:
+    import torch
+
     from coherent_ddrm.export import Facts
     from coherent_ddrm.pipeline import CoherentInpaintPipeline
 
@@ -53,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_inpaint(verbs)
+    _add_restore(verbs)
+    _add_methods(verbs)
     _add_demo(verbs)
     return parser
 
@@ -88,6 +92,40 @@ def _add_inpaint(verbs: Any) -> None:
     )
     _add_common(verb)
     verb.set_defaults(run=inpaint)
+
+
+def _add_restore(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        "restore",
+        help="undo a degradation with any method and any diffusion prior",
+        description="Restore IMAGE, the measurement y = A x + noise, or a folder of them. With --degrade, IMAGE is "
+        "clean; it is brought to the prior's size and measured first. `coherent-ddrm methods` lists what there is.",
+    )
+    verb.add_argument("image", metavar="IMAGE", help="picture, or folder of pictures")
+    verb.add_argument("-o", "--output", required=True, metavar="OUT", help="picture or folder; a JSON goes beside")
+    verb.add_argument("--operator", required=True, metavar="SPEC", help='such as "super_resolution:4"')
+    verb.add_argument("--sampler", default="ddnm", metavar="NAME", help="default: ddnm")
+    verb.add_argument("--prior", metavar="DIR_OR_NAME", help="our checkpoint, a diffusers folder or Hub name")
+    verb.add_argument("--mask", metavar="MASK", help="for inpainting: white = missing; file, or folder matched by name")
+    verb.add_argument("--sigma-y", type=float, default=0.0, metavar="S", help="noise of y on the [-1, 1] scale")
+    verb.add_argument("--degrade", action="store_true", help="IMAGE is clean; measure it first")
+    verb.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the sampler, such as eta=0.5"
+    )
+    verb.add_argument("--class-label", type=natural, metavar="N", help="for a prior that has classes")
+    verb.add_argument("--candidates", type=positive, default=1, metavar="K", help="results per picture")
+    verb.add_argument("--steps", type=positive, metavar="N", help="default: the method's")
+    verb.add_argument("--seed", type=natural, metavar="N", help="same seed, same result (drawn unless given)")
+    verb.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if there is one)"
+    )
+    verb.set_defaults(run=restore)
+
+
+def _add_methods(verbs: Any) -> None:
+    verb = verbs.add_parser("methods", help="list samplers, operators and what they need")
+    verb.add_argument("--markdown", action="store_true", help="the whole page, docs/methods.md")
+    verb.set_defaults(run=methods)
 
 
 def _add_demo(verbs: Any) -> None:
@@ -155,6 +193,38 @@ def inpaint(args: argparse.Namespace) -> int:
     return 0
 
 
+def restore(args: argparse.Namespace) -> int:
+    """Check files, load the prior, work through the pictures."""
+    from tqdm import tqdm
+
+    from coherent_ddrm import restore_jobs
+    from coherent_ddrm.export import default_checkpoint
+
+    options = restore_jobs.parse_options(args.option)
+    todo = restore_jobs.list_jobs(args)
+    args.prior = str(args.prior or default_checkpoint())
+    args.seed = secrets.randbits(31) if args.seed is None else args.seed
+    from coherent_ddrm.restoration import RestorationPipeline
+
+    quiet()
+    pipe = RestorationPipeline.from_prior(args.prior, usable_device(args.device))
+    start, nfe = time.perf_counter(), 0
+    with memory_limits():
+        for job in tqdm(todo, desc="pictures", unit="picture", disable=len(todo) == 1):
+            nfe = max(nfe, restore_jobs.run(job, pipe, args, options).nfe)
+    where = str(todo[0].output) if len(todo) == 1 else f"{len(todo)} pictures in {args.output}"
+    print(f"{where}: {time.perf_counter() - start:.2f} seconds, nfe {nfe}, seed {args.seed}")
+    return 0
+
+
+def methods(args: argparse.Namespace) -> int:
+    """Print what there is."""
+    from coherent_ddrm.methods import listing, page
+
+    print(page() if args.markdown else listing(), end="" if args.markdown else "\n")
+    return 0
+
+
 def demo(args: argparse.Namespace) -> int:
     """Inpaint the shipped photographs and draw them on one sheet."""
     from coherent_ddrm.demo import find_pairs, write_sheet
@@ -190,25 +260,32 @@ def memory_limits() -> Iterator[None]:
 
 def load_pipeline(args: argparse.Namespace) -> CoherentInpaintPipeline:
     """The checkpoint on the device, silent. UserError for a device that is not there."""
-    import torch
-    from diffusers.utils import logging
-
     from coherent_ddrm.pipeline import CoherentInpaintPipeline
+
+    quiet()
+    pipe = CoherentInpaintPipeline.from_pretrained(args.checkpoint).to(usable_device(args.device))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def quiet() -> None:
+    """No chatter of diffusers'."""
+    from diffusers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def usable_device(name: str) -> torch.device:
+    """The device called `name`, tried out. UserError if it is not there."""
+    import torch
+
     try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        )
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f"device {args.device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu"
-        ) from error
-    pipe = CoherentInpaintPipeline.from_pretrained(args.checkpoint).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+        raise UserError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from error
+    return device
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ class Scene:
 
 
 def make_coherent(net: DiT, scene: Scene, eta: float | None) -> Sampler:
-    """Our method; eta 0 unless given. Known tokens are computed once, if the network's attention allows it."""
+    """Our method; eta 1 unless given. Known tokens are computed once, if the network's attention allows it."""
     own = slice(None, None, scene.draws)
     plan = None if scene.plan is None else scene.plan[own]
     context = net.context(scene.y[own], scene.hole[own], plan, draws=scene.draws, cached=net.config.one_way)
-    return Coherent(InContext(net, context), scene.observation, eta or 0.0)
+    return Coherent(InContext(net, context), scene.observation, 1.0 if eta is None else eta)
 
 
 def make_ddnm(net: DiT, scene: Scene, eta: float | None) -> Sampler:

@@ -2,14 +2,17 @@
 
 Every schedule is a function `schedule(t) -> (alpha_t, sigma_t)` of tensors of any shape, so time may differ per sample
 or per pixel. Flow: https://arxiv.org/abs/2210.02747 ; VP-linear: https://arxiv.org/abs/2011.13456 (Equation 33) ;
-VP-cosine: https://arxiv.org/abs/2102.09672 (Equation 17, without its small offset).
+VP-cosine: https://arxiv.org/abs/2102.09672 (Equation 17, without its small offset). VPDiscrete is a table: the levels
+that a DDPM of another library was trained on.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,6 +46,54 @@ class VPLinear:
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_alpha = -0.25 * t**2 * (self.beta_1 - self.beta_0) - 0.5 * t * self.beta_0
         return torch.exp(log_alpha), torch.sqrt(-torch.expm1(2 * log_alpha))
+
+
+@dataclass(frozen=True)
+class VPDiscrete:
+    """Variance preserving, from the table of a DDPM with T noise levels (https://arxiv.org/abs/2006.11239).
+
+    t = k / T is level k: alpha_t = 1 at level 0, the data, and sqrt(alphas_cumprod[k - 1]) at level k >= 1, where the
+    network was trained at timestep k - 1. Between levels log alpha_t is linear (a constant beta); where the last level
+    holds no data (alpha_1 = 0, "zero terminal SNR", https://arxiv.org/abs/2305.08891), alpha_t is linear on the way to
+    it. A t that differs from k / T by no more than the rounding of fp32 is level k to the bit.
+    """
+
+    alphas_cumprod: tuple[float, ...] = field(repr=False)  # T values of DDPM's alpha-bar = alpha_t², falling
+
+    def __post_init__(self) -> None:
+        values = (1.0, *self.alphas_cumprod)
+        falling = all(high >= low >= 0 for high, low in pairwise(values))
+        if len(values) < 2 or not falling or values[1] == 1 or values[-2] == 0:
+            raise ValueError("alphas_cumprod must fall from below 1, and only its last value may be 0")
+
+    @property
+    def levels(self) -> int:
+        """T."""
+        return len(self.alphas_cumprod)
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        level = self._level(t)
+        table = _log_alpha(self.alphas_cumprod, t.device, level.dtype)
+        below = level.floor().clamp(0, self.levels - 1)
+        share, index = level - below, below.long()
+        low, high = table[index], table[index + 1]
+        log_alpha = torch.where(high.isinf(), low + torch.log1p(-share), torch.lerp(low, high.nan_to_num(), share))
+        return torch.exp(log_alpha), torch.sqrt(-torch.expm1(2 * log_alpha))
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """What the network is told at t: t T - 1, a float between trained timesteps, 0 below the first."""
+        return (self._level(t) - 1).clamp(min=0)
+
+    def _level(self, t: Tensor) -> Tensor:
+        """t T, whole numbers free of rounding; in fp32 at least."""
+        level = t.to(torch.promote_types(t.dtype, torch.float32)) * self.levels
+        return torch.where((level - level.round()).abs() <= self.levels * 2**-23, level.round(), level)
+
+
+@lru_cache(maxsize=16)
+def _log_alpha(alphas_cumprod: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(T + 1,) log alpha of levels 0 ... T; -inf where alpha is 0."""
+    return torch.tensor((1.0, *alphas_cumprod), dtype=torch.float64).log().div(2).to(dtype).to(device)
 
 
 SCHEDULES: dict[str, Callable[[], Schedule]] = {"flow": Flow, "vp-cosine": VPCosine, "vp-linear": VPLinear}

@@ -8,19 +8,26 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-GAP, TITLE = 4, 18
+GAP, TITLE, LABEL = 4, 18, 90
 
 
-def contact_sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], cell: int = 128) -> np.ndarray:
-    """Pictures (h, w, 3) uint8, one list per row, each drawn into a cell of `cell` pixels -> one uint8 picture."""
-    columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * (cell + GAP) + GAP, TITLE + len(rows) * (cell + GAP) + GAP), "white")
+def contact_sheet(
+    rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], cell: int = 128, labels: Sequence[str] = ()
+) -> np.ndarray:
+    """Pictures (h, w, 3) uint8, one list per row, each drawn into a cell of `cell` pixels -> one uint8 picture.
+
+    `titles` stand above the columns, `labels` beside the rows.
+    """
+    columns, left = max(len(row) for row in rows), LABEL if labels else 0
+    sheet = Image.new("RGB", (left + columns * (cell + GAP) + GAP, TITLE + len(rows) * (cell + GAP) + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     for j, title in enumerate(titles):
-        draw.text((GAP + j * (cell + GAP), 2), title, fill="black", font=font)
+        draw.text((left + GAP + j * (cell + GAP), 2), title, fill="black", font=font)
+    for i, label in enumerate(labels):
+        draw.text((GAP, TITLE + GAP + i * (cell + GAP) + cell // 2 - 6), label, fill="black", font=font)
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
-            place = (GAP + j * (cell + GAP), TITLE + GAP + i * (cell + GAP))
+            place = (left + GAP + j * (cell + GAP), TITLE + GAP + i * (cell + GAP))
             sheet.paste(_into_cell(picture, cell), place)
     return np.asarray(sheet)
 

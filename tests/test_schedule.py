@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from coherent_ddrm.schedule import SCHEDULES, VPLinear, add_noise, make_schedule, time_grid, travel_path
+from coherent_ddrm.schedule import SCHEDULES, VPDiscrete, VPLinear, add_noise, make_schedule, time_grid, travel_path
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -64,3 +64,53 @@ def test_travel_path_costs_what_the_table_says(steps, length, repeats, nfe):
 
 def test_travel_path_with_one_repeat_is_the_grid():
     assert travel_path(time_grid(20), 5, 1) == time_grid(20)
+
+
+def ddpm_levels(steps=1000):
+    """DDPM's linear alphas_cumprod."""
+    return torch.cumprod(1 - torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64), dim=0)
+
+
+@pytest.mark.parametrize("steps", [100, 1000, 4000])
+def test_discrete_levels_are_hit_in_fp32(steps):
+    """t = k / T computed in fp32 is level k and timestep k - 1 exactly, whatever T."""
+    table = ddpm_levels(steps)
+    schedule = VPDiscrete(tuple(table.tolist()))
+    t = torch.arange(steps + 1, dtype=torch.float32) / steps
+    alpha_t, sigma_t = schedule(t)
+    assert alpha_t.dtype == torch.float32 and alpha_t[0] == 1 and sigma_t[0] == 0 and schedule.levels == steps
+    torch.testing.assert_close(alpha_t[1:], table.sqrt().float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(sigma_t[1:], (1 - table).sqrt().float(), rtol=1e-6, atol=0)
+    assert torch.equal(schedule.timestep(t), torch.arange(-1, steps).clamp(min=0).float())
+    assert schedule.timestep(torch.tensor([0.25 / steps, 2.5 / steps])).tolist() == pytest.approx([0, 1.5], abs=1e-4)
+
+
+def test_discrete_between_levels_is_the_continuous_schedule():
+    """A constant beta between levels: with 1,000 levels all but VPLinear, which has its T -> infinity."""
+    t = torch.linspace(0, 1, 3331, dtype=torch.float64)
+    alpha_t, sigma_t = VPDiscrete(tuple(ddpm_levels().tolist()))(t)
+    expected = VPLinear()(t)
+    torch.testing.assert_close(alpha_t, expected[0], rtol=6e-2, atol=0)  # 1000 steps differ from the limit by 5 %
+    torch.testing.assert_close(alpha_t**2 + sigma_t**2, torch.ones_like(t))
+    assert (alpha_t.diff() < 0).all() and (sigma_t.diff() > 0).all()
+    halves = VPDiscrete((0.81, 0.25))(torch.tensor([0.25, 0.75], dtype=torch.float64))[0]
+    torch.testing.assert_close(halves, torch.tensor([0.9**0.5, (0.9 * 0.5) ** 0.5], dtype=torch.float64))
+
+
+def test_discrete_takes_a_time_per_pixel_and_compares_by_value():
+    schedule, t = VPDiscrete((0.81, 0.25)), torch.tensor([0.0, 0.5, 1.0, 0.5]).reshape(1, 1, 2, 2)
+    assert schedule(t)[0].flatten().tolist() == pytest.approx([1, 0.9, 0.5, 0.9])
+    assert schedule(torch.tensor(0.5))[0].shape == () and schedule(t.bfloat16())[0].dtype == torch.float32
+    assert schedule == VPDiscrete((0.81, 0.25)) and schedule != VPDiscrete((0.81, 0.24))
+
+
+def test_discrete_with_zero_terminal_snr():
+    alpha_t, sigma_t = VPDiscrete((0.81, 0.25, 0.0))(torch.tensor([2 / 3, 5 / 6, 0.99, 1.0]))
+    assert alpha_t.tolist() == pytest.approx([0.5, 0.25, 0.015, 0], rel=1e-4) and alpha_t[-1] == 0 and sigma_t[-1] == 1
+    assert sigma_t.isfinite().all() and (sigma_t.diff() > 0).all()
+
+
+@pytest.mark.parametrize("values", [(), (1.0, 0.5), (0.5, 0.6), (0.5, -0.1), (0.5, 0.0, 0.0), (0.5, math.nan)])
+def test_discrete_refuses_what_is_no_table_of_levels(values):
+    with pytest.raises(ValueError, match="alphas_cumprod must fall"):
+        VPDiscrete(values)

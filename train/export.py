@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("diffusion", type=Path, help="run folder of train/diffusion.py")
     parser.add_argument("-o", "--output", required=True)
     parser.add_argument("--steps", type=int, default=20, help="default number of sampling steps")
+    parser.add_argument("--shift", type=float, default=1.0, help="default time grid: above 1, more steps at high noise")
     options = parser.parse_args()
     with readable_errors():
         one, one_weights, one_step = averaged_weights(options.structure, StructureRun)
@@ -49,7 +50,8 @@ def main() -> None:
         predictor.load_state_dict(one_weights, strict=True)
         net = make_dit(**vars(two.model), structure_channels=predictor.channels)
         net.load_state_dict(two_weights, strict=True)
-        pipe = CoherentInpaintPipeline(net, predictor, source.resolution, source.label_names, steps=options.steps)
+        grid = {"steps": options.steps, "shift": options.shift}
+        pipe = CoherentInpaintPipeline(net, predictor, source.resolution, source.label_names, **grid)
         pipe.save_pretrained(options.output)
         print(f"{options.output}: stage one after {one_step} steps, stage two after {two_step}")
 

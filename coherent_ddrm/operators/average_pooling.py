@@ -38,6 +38,13 @@ class AveragePooling(SpectralOperator):
         """Each number of y repeated over its block. (B, C, h, w) -> (B, C, h f, w f)"""
         return y.repeat_interleave(self.factor, -2).repeat_interleave(self.factor, -1)
 
+    def window(self, y: Tensor, top: int, left: int, side: int) -> tuple[AveragePooling, Tensor]:
+        """A crop of y; ValueError unless top, left and side are multiples of the factor."""
+        f = self.factor
+        if top % f or left % f or side % f:
+            raise ValueError(f"a window of {side} at ({top}, {left}) cuts through blocks of {f}; use multiples of {f}")
+        return self, y[..., top // f : (top + side) // f, left // f : (left + side) // f]
+
 
 def check_factor(factor: int) -> None:
     """ValueError unless `factor` is one of FACTORS."""

@@ -21,6 +21,13 @@ class Operator:
         """(B, C, H, W) -> the measurement y."""
         raise TypeError(f"{type(self).__name__} does not define A(x)")
 
+    def window(self, y: Tensor, top: int, left: int, side: int) -> tuple[Operator, Tensor]:
+        """The operator and the measurement of a square of the picture alone.
+
+        Raises ValueError where a pixel of y depends on pixels from far away.
+        """
+        raise ValueError(f"{type(self).__name__} mixes pixels across the picture, so it has no windows")
+
     def to(self, device: torch.device | str) -> Operator:
         """Move the operator's tensors, in place. Without it they are copied to the input's device at every call."""
         for name, value in vars(self).items():

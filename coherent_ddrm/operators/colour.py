@@ -32,3 +32,7 @@ class Colourisation(SpectralOperator):
     def At(self, y: Tensor) -> Tensor:
         """(B, 1, H, W) -> (B, C, H, W)"""
         return self.weights.to(y.device) * y
+
+    def window(self, y: Tensor, top: int, left: int, side: int) -> tuple[Colourisation, Tensor]:
+        """A crop of y."""
+        return self, y[..., top : top + side, left : left + side]

@@ -22,3 +22,7 @@ class Denoising(SpectralOperator):
     def project(self, x: Tensor, y: Tensor) -> Tensor:
         """There is no null space: all of y is kept, to the bit."""
         return y
+
+    def window(self, y: Tensor, top: int, left: int, side: int) -> tuple[Denoising, Tensor]:
+        """A crop of y."""
+        return self, y[..., top : top + side, left : left + side]

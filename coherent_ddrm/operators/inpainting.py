@@ -24,6 +24,11 @@ class Inpainting(SpectralOperator):
 
     At = pinv = V = Vt = A
 
+    def window(self, y: Tensor, top: int, left: int, side: int) -> tuple[Inpainting, Tensor]:
+        """Crops of the hole and of y."""
+        rows, columns = slice(top, top + side), slice(left, left + side)
+        return Inpainting(self.hole[..., rows, columns].float()), y[..., rows, columns]
+
     def project(self, x: Tensor, y: Tensor) -> Tensor:
         """Written as a selection: a sum would round, and known pixels are promised to the bit."""
         return torch.where(self.hole.to(x.device), x, y)

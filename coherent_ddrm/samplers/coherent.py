@@ -23,12 +23,14 @@ class Coherent(Restorer):
     Args:
         denoiser: conditioned on the hole (and the plan) beforehand.
         observation: the picture and Inpainting(hole); hole pixels of y are not read.
+        eta: 1 draws all noise anew at each step, so that what an earlier step got wrong is forgotten; 0 draws none,
+            which spreads candidates more and carries the network's errors along.
     """
 
     needs = Inpainting
     default_steps = 20
 
-    def __init__(self, denoiser: Denoiser, observation: Observation, eta: float = 0.0):
+    def __init__(self, denoiser: Denoiser, observation: Observation, eta: float = 1.0):
         super().__init__(denoiser, observation)
         self.eta = eta
 

@@ -33,7 +33,16 @@ def telea(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def run(net, method: str, x0: Tensor, hole: Tensor, plan: Tensor | None, steps: int, draws: int) -> Tensor:
+def run(
+    net,
+    method: str,
+    x0: Tensor,
+    hole: Tensor,
+    plan: Tensor | None,
+    times: list[float],
+    draws: int,
+    eta: float | None = None,
+) -> Tensor:
     """(B, draws, 3, H, W) in [0, 1], bf16 matrix products, 8-bit values."""
     results = []
     for first in range(0, len(x0), 16):
@@ -42,8 +51,8 @@ def run(net, method: str, x0: Tensor, hole: Tensor, plan: Tensor | None, steps: 
         p = None if plan is None else plan[rows].repeat_interleave(draws, 0)
         rng = [keyed_generator(5, first + i, k) for i in range(len(y) // draws) for k in range(draws)]
         with torch.autocast("cpu", torch.bfloat16):
-            sampler = SAMPLERS[method](net, Scene(y * (1 - h), h, p, draws), None)
-            out = sample(sampler, normal(y, rng), time_grid(steps), rng)
+            sampler = SAMPLERS[method](net, Scene(y * (1 - h), h, p, draws), eta)
+            out = sample(sampler, normal(y, rng), times, rng)
         results.append(torch.from_numpy(to_uint8(out.clamp(-1, 1))).permute(0, 3, 1, 2) / 255)
     return torch.cat(results).unflatten(0, (len(x0), draws))
 
@@ -76,8 +85,10 @@ def main() -> None:
     parser.add_argument("--checkpoint")
     parser.add_argument("--count", type=int, default=96)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--shift", type=float, default=1.0)
     parser.add_argument("--draws", type=int, default=8)
     options = parser.parse_args()
+    times, once = time_grid(options.steps, options.shift), time_grid(1)
     source = open_dataset(options.val)
     ids = np.linspace(0, len(source) - 1, min(options.count, len(source))).astype(int)
     batch = source.batch(ids)
@@ -94,16 +105,17 @@ def main() -> None:
         def show(name: str, result: Tensor, hole: Tensor = hole) -> None:
             print(f"{name:32s} {json.dumps(scores(result, x0, hole))}", flush=True)
 
-        for method in ("coherent", "ddnm"):
-            several = run(net, method, x0, hole, plan, options.steps, options.draws)
-            show(f"{method}, one sample", several[:, 0])
-            show(f"{method}, mean of {options.draws}", several.mean(dim=1))
-            show(f"{method}, one step", run(net, method, x0, hole, plan, 1, 1)[:, 0])
+        for name, other_eta in (("coherent", 0.0), ("ddnm", 1.0)):
+            several = run(net, name, x0, hole, plan, times, options.draws)
+            show(f"{name}, one sample", several[:, 0])
+            show(f"{name}, mean of {options.draws}", several.mean(dim=1))
+            show(f"{name}, one step", run(net, name, x0, hole, plan, once, 1)[:, 0])
+            show(f"{name}, eta {other_eta}, one sample", run(net, name, x0, hole, plan, times, 1, other_eta)[:, 0])
         filled = [telea(image, h[0].numpy()) for image, h in zip(batch["image"], hole, strict=True)]
         show("Telea", torch.from_numpy(np.stack(filled)).permute(0, 3, 1, 2) / 255)
         for name, one in (("no plan", None), ("true plan", true_plan)):
-            show(f"coherent, {name}, one sample", run(net, "coherent", x0, hole, one, options.steps, 1)[:, 0])
-            show(f"coherent, {name}, one step", run(net, "coherent", x0, hole, one, 1, 1)[:, 0])
+            show(f"coherent, {name}, one sample", run(net, "coherent", x0, hole, one, times, 1)[:, 0])
+            show(f"coherent, {name}, one step", run(net, "coherent", x0, hole, one, once, 1)[:, 0])
         nothing = torch.full_like(true_plan, -1.0)
         nothing[:, 1] = 1  # background everywhere, no edge
         print("stage one, mean plan     ", stage_one(plan, edges, labels, source.num_labels, hole))

@@ -1,0 +1,178 @@
+"""The restoration pipeline: any method, operator and prior; pictures larger than the prior; what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import make_hole, make_mask, make_picture
+
+from coherent_ddrm.errors import CheckpointError, UserError
+from coherent_ddrm.models.dit import make_dit
+from coherent_ddrm.operators import AveragePooling, Inpainting, make_operator
+from coherent_ddrm.priors import DiTPrior
+from coherent_ddrm.restoration import RestorationPipeline, option_names
+from coherent_ddrm.samplers import RESTORERS
+from coherent_ddrm.schedule import Flow, VPLinear
+
+SIDE = 32
+
+
+class GaussianPrior:
+    """x0 ~ N(0.1, 0.4²), exact."""
+
+    channels, labels = 3, 0
+
+    def __init__(self, schedule=None, resolution=SIDE):
+        self.schedule, self.resolution, self.largest = schedule or Flow(), resolution, 0
+
+    def __call__(self, x_t, t):
+        self.largest = max(self.largest, *x_t.shape[-2:])
+        alpha_t, sigma_t = self.schedule(t[:, None, None, None])
+        return 0.1 + alpha_t * 0.16 / (alpha_t**2 * 0.16 + sigma_t**2) * (x_t - alpha_t * 0.1)
+
+
+@pytest.fixture
+def pipe():
+    return RestorationPipeline(GaussianPrior())
+
+
+def levels(x):
+    """[-1, 1] -> 8-bit, as floats."""
+    return ((x + 1) * 127.5).round().clamp(0, 255)
+
+
+@pytest.mark.parametrize("spec", ["super_resolution:4", "bicubic:2", "colourisation", "blur:uniform:3", "denoising"])
+@pytest.mark.parametrize("sampler", ["ddrm", "ddnm", "ddnm_plus", "hybrid", "diffpir", "ilvr"])
+def test_the_measurement_is_kept(pipe, spec, sampler):
+    out = pipe(make_picture(SIDE, SIDE), spec, sampler, degrade=True, num_inference_steps=5, generator=0)
+    assert out.residual < 3e-5 and out.images[0].size == (SIDE, SIDE) and out.nfe >= 5
+
+
+def test_y_alone_gives_what_degrading_gave(pipe):
+    """A measured picture handed in by itself, as tensor or as an 8-bit picture, and the seed decide the result."""
+    picture, options = make_picture(SIDE, SIDE), dict(sampler="ddnm", num_inference_steps=4, output_type="pt")
+    first = pipe(picture, "super_resolution:4", degrade=True, generator=[3], **options)
+    again = pipe(first.y, "super_resolution:4", generator=[3], **options)
+    assert torch.equal(first.images, again.images)
+    small = Image.fromarray(levels(first.y)[0].byte().permute(1, 2, 0).numpy())
+    coarse = pipe(small, "super_resolution:4", generator=3, **options)
+    assert float((coarse.images - first.images).abs().max()) < 0.02
+
+
+def test_candidates_and_batches(pipe):
+    pictures = [make_picture(SIDE, SIDE, seed=s) for s in range(2)]
+    options = dict(degrade=True, num_inference_steps=3, output_type="pt")
+    both = pipe(pictures, "bicubic:4", generator=[5, 6], candidates=2, **options)
+    alone = pipe(pictures[1], "bicubic:4", generator=6, candidates=2, **options)
+    assert torch.equal(both.images[2:], alone.images) and both.seeds == [(5, 0), (5, 1), (6, 0), (6, 1)]
+    assert not torch.equal(both.images[0], both.images[1])
+
+
+def test_noise_is_added_once_and_known(pipe):
+    picture = make_picture(SIDE, SIDE)
+    clean = pipe(picture, "denoising", "ddnm_plus", degrade=True, num_inference_steps=2, generator=0)
+    noisy = pipe(picture, "denoising", "ddnm_plus", degrade=True, sigma_y=0.3, num_inference_steps=2, generator=0)
+    assert float((noisy.y - clean.y).std()) == pytest.approx(0.3, rel=0.05) and noisy.residual is None
+
+
+@pytest.mark.parametrize("sampler", RESTORERS)
+def test_inpainting_with_every_method(sampler):
+    torch.manual_seed(0)
+    net = make_dit("tiny").eval()
+    pipe = RestorationPipeline(DiTPrior(net, SIDE))
+    picture, hole = make_picture(SIDE, SIDE), make_hole(SIDE, SIDE)
+    out = pipe(picture, "inpainting", sampler, make_mask(hole), degrade=True, num_inference_steps=2, generator=0)
+    same = (np.asarray(out.images[0]) == np.asarray(picture)).all(axis=-1)
+    if sampler in ("dps", "pigdm", "copaint", "copaint_tt"):
+        assert np.isfinite(out.residual)
+    else:
+        assert same[~hole].all() and out.residual == 0
+
+
+@pytest.mark.parametrize(("spec", "sampler"), [("super_resolution:4", "ddnm"), ("colourisation", "hybrid")])
+def test_pictures_larger_than_the_prior(pipe, spec, sampler):
+    """Window by window: never more than the prior's size at once, and still exact."""
+    y = make_operator(spec, (SIDE, SIDE)).A(torch.rand(1, 3, SIDE + 24, 2 * SIDE) * 2 - 1)
+    out = pipe(y, spec, sampler, num_inference_steps=3, generator=0, output_type="pt")
+    assert out.images.shape == (1, 3, SIDE + 24, 2 * SIDE) and out.residual < 1e-5
+    assert pipe.prior.largest == SIDE and out.nfe == 3 * 9  # three steps in three by three windows
+
+
+def test_large_inpainting_keeps_what_is_known(pipe):
+    picture, hole = make_picture(48, 70), make_hole(48, 70)
+    out = pipe(picture, "inpainting", "repaint", make_mask(hole), num_inference_steps=4, generator=0, jump_length=2)
+    assert (np.asarray(out.images[0]) == np.asarray(picture))[~hole].all()
+
+
+def test_options_reach_the_method(pipe):
+    y = torch.rand(1, 3, SIDE, SIDE) * 2 - 1
+    run = lambda **o: pipe(y, "denoising", "ddnm_plus", sigma_y=0.5, num_inference_steps=4, generator=0, **o)  # noqa: E731
+    assert not np.array_equal(np.asarray(run(eta=0.1).images[0]), np.asarray(run(eta=0.9).images[0]))
+    assert run(length=2, repeats=2).nfe == 8
+    assert option_names(RESTORERS["copaint_tt"]) == [
+        "repeats", "gradient_steps", "rate", "weight", "shrink", "tries", "length",
+    ]  # fmt: skip
+    assert option_names(RESTORERS["ilvr"]) == []
+
+
+def test_callback_and_classes():
+    class Classes(GaussianPrior):
+        labels = 3
+
+        def __call__(self, x_t, t, class_labels):
+            return super().__call__(x_t, t) * 0 + class_labels[:, None, None, None] / 4
+
+    pipe, y, seen = RestorationPipeline(Classes(VPLinear())), torch.zeros(2, 3, 8, 8), []
+    out = pipe(
+        y, "super_resolution:4", "ilvr", num_inference_steps=3, generator=0, candidates=2, class_labels=[1, 2],
+        output_type="pt", callback_on_step_end=lambda i, s, x_s: seen.append((i, x_s.shape)),
+    )  # fmt: skip
+    assert [i for i, _ in seen] == [0, 1, 2] and seen[0][1] == (4, 3, SIDE, SIDE)
+    with pytest.raises(UserError, match="class_labels are"):
+        pipe(y, "super_resolution:4", class_labels=[1, 3])
+    with pytest.raises(UserError, match="knows 3 classes"):
+        pipe(y, "super_resolution:4")
+    assert len(out.images) == 4
+
+
+Y = torch.zeros(1, 3, 8, 8)
+BAD = {
+    "unknown sampler": (dict(sampler="magic"), "unknown sampler 'magic'"),
+    "unknown operator": (dict(operator="blurr:3"), "unknown operator 'blurr'"),
+    "bad argument": (dict(operator="super_resolution:x"), "whole number"),
+    "unknown option": (dict(etta=1.0), "no option 'etta'; it has eta"),
+    "network without time per pixel": (dict(sampler="rad"), "use our checkpoint"),
+    "steps": (dict(num_inference_steps=0), "whole number from 1"),
+    "noise": (dict(sigma_y=-1.0), "sigma_y is -1"),
+    "output": (dict(output_type="gif"), "unknown output_type"),
+    "no hole": (dict(operator="inpainting"), "needs a hole"),
+    "method and operator": (dict(operator="super_resolution:4", sampler="repaint"), "RePaint inpaints"),
+    "not linear": (dict(operator="clipping:2", image=torch.zeros(1, 3, SIDE, SIDE)), "needs a linear operator"),
+    "too small": (dict(operator="denoising"), "enlarge it"),
+    "too large": (dict(image=torch.zeros(1, 3, 16, 16), sampler="ddrm"), "choose ddnm or hybrid"),
+    "no windows": (dict(image=torch.zeros(1, 3, 64, 64), operator="blur:uniform:3"), "has no windows"),
+    "not finite": (dict(image=torch.full((1, 3, 8, 8), torch.nan)), "finite"),
+    "useless mask": (dict(mask_image=make_mask(make_hole(SIDE, SIDE))), "no use for it"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_named(pipe, name):
+    change, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        pipe(**{"image": Y, "operator": "super_resolution:4", "num_inference_steps": 2, **change})
+
+
+def test_a_broken_network_is_the_checkpoints_fault(pipe):
+    pipe.prior.__class__ = type("Broken", (GaussianPrior,), {"__call__": lambda self, x_t, t: x_t * torch.nan})
+    with pytest.raises(CheckpointError, match="not finite after move 1"):
+        pipe(Y, "super_resolution:4", num_inference_steps=2)
+
+
+def test_operators_may_be_handed_in(pipe):
+    hole = torch.zeros(1, 1, SIDE, SIDE)
+    hole[..., :9] = 1
+    picture = torch.rand(1, 3, SIDE, SIDE) * 2 - 1
+    out = pipe(picture, Inpainting(hole), candidates=2, num_inference_steps=2, generator=0)
+    assert out.residual == 0 and len(out.images) == 2
+    assert pipe(Y, AveragePooling(4), num_inference_steps=2).residual < 1e-5
