@@ -186,7 +186,47 @@ class StructureRun:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-def optimizer_options(run: DiffusionRun | StructureRun) -> dict:
+@dataclass
+class ClassifierConfig:
+    """The network that tells classes, for guidance."""
+
+    __pydantic_config__ = STRICT
+    network: str = "small"
+    """A name of classifier.NETWORKS, or of any timm model."""
+    timed: bool = False
+    """Learn on noisy pictures and be told their time."""
+
+
+@dataclass
+class ClassifierObjective:
+    """What the classifier learns from."""
+
+    __pydantic_config__ = STRICT
+    smoothing: Share = 0.1
+    """Label smoothing."""
+    erased: Share = 0.5
+    """Share of samples whose hole, or all but their hole, is white, as guidance shows a region."""
+    softened: Share = 0.5
+    """Share of samples that are blurred and noisy, as predictions on the way are."""
+
+
+@dataclass
+class ClassifierRun:
+    """train/classifier.py"""
+
+    __pydantic_config__ = STRICT
+    out: str = "runs/classifier"
+    seed: int = 0
+    init: str | None = None
+    """Folder of exported weights to start from (fine-tuning); None = random."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    objective: ClassifierObjective = field(default_factory=ClassifierObjective)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def optimizer_options(run: DiffusionRun | StructureRun | ClassifierRun) -> dict:
     """The part of a run's `optim` that training.Learner takes."""
     names = ("optimizer", "lr", "weight_decay", "betas", "warmup", "cooldown", "steps", "ema")
     return {name: getattr(run.optim, name) for name in names}
