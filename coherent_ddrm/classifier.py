@@ -6,7 +6,9 @@ classifier.log_prob(x0_hat, classifier.label("Dress"))      # what coherent_ddrm
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -16,6 +18,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from coherent_ddrm import export
+from coherent_ddrm.errors import CheckpointError
+from coherent_ddrm.priors import load_network, one_line
 from coherent_ddrm.schedule import expand
 
 NETWORKS: dict[str, dict[str, Any]] = {  # sizes of ours; group norm, so that a picture does not depend on its batch
@@ -75,11 +80,13 @@ class Classifier(ModelMixin, ConfigMixin):
         return self.config.timed
 
     def label(self, name: str) -> int:
-        """The class called `name`; ValueError names the known ones."""
-        names = self.config.class_names or []
-        if name not in names:
-            raise ValueError(f"unknown class {name!r}: choose one of {', '.join(names) or '(no names are known)'}")
-        return names.index(name)
+        """The class called `name`, or of that number; ValueError names the known ones."""
+        names, count = self.config.class_names or [], self.config.num_classes
+        if name in names:
+            return names.index(name)
+        if name.isdecimal() and int(name) < count:
+            return int(name)
+        raise ValueError(f"unknown class {name!r}: choose one of {', '.join([*names, f'0 to {count - 1}'])}")
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Logits. x: (B, 3, H, W) in [-1, 1]; t: (B,) if `timed`, not read otherwise -> (B, num_classes) fp32."""
@@ -105,3 +112,26 @@ def make_classifier(network: str, num_classes: int, **options: Any) -> Classifie
     if network not in NETWORKS and not timm.is_model(network):
         raise ValueError(f"unknown network {network!r}: choose one of {', '.join(NETWORKS)}, or a model of timm")
     return Classifier(num_classes, **{**NETWORKS.get(network, dict(network=network)), **options})
+
+
+def load_classifier(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> Classifier:
+    """The classifier in a folder, or a timm model with its own weights by name, ready to guide.
+
+    Raises CheckpointError, one line that says what is wrong and what to do.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if export.read_json(folder / "config.json").get("_class_name") != "Classifier":
+            raise CheckpointError(f"{folder}: holds no classifier; train/classifier.py makes one (its export/)")
+        classifier = load_network(Classifier, folder)
+    elif timm.is_model(str(source)):
+        try:
+            classifier = Classifier.pretrained(str(source))
+        except Exception as error:  # of timm, huggingface_hub, httpx or the disk: no one type covers them
+            raise CheckpointError(
+                f"{source}: its weights are not to be had ({type(error).__name__}: {one_line(error)[:200]}); "
+                "download them where there is a network, or name a folder"
+            ) from error
+    else:
+        raise CheckpointError(f"{source}: neither a folder with a classifier nor a model of timm")
+    return classifier.to(device).eval().requires_grad_(False)

@@ -112,6 +112,15 @@ def _add_restore(verbs: Any) -> None:
     verb.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of the sampler, such as eta=0.5"
     )
+    verb.add_argument("--classifier", metavar="DIR_OR_NAME", help="for --show: a folder, or a timm model")
+    verb.add_argument(
+        "--show",
+        action="append",
+        default=[],
+        metavar="CLASS[=MASK]",
+        help="what the classifier shall see in the hole, or in the white of MASK; may be repeated",
+    )
+    verb.add_argument("--guidance-scale", type=float, default=20.0, metavar="S", help="strength of --show (default 20)")
     verb.add_argument("--class-label", type=natural, metavar="N", help="for a prior that has classes")
     verb.add_argument("--candidates", type=positive, default=1, metavar="K", help="results per picture")
     verb.add_argument("--steps", type=positive, metavar="N", help="default: the method's")
@@ -202,16 +211,24 @@ def restore(args: argparse.Namespace) -> int:
 
     options = restore_jobs.parse_options(args.option)
     todo = restore_jobs.list_jobs(args)
+    if bool(args.show) != bool(args.classifier):
+        raise UserError("--show CLASS and --classifier go together; give both or neither")
+    guidance: dict[str, Any] = {"show": restore_jobs.read_show(args.show)}
     args.prior = str(args.prior or default_checkpoint())
     args.seed = secrets.randbits(31) if args.seed is None else args.seed
     from coherent_ddrm.restoration import RestorationPipeline
 
     quiet()
-    pipe = RestorationPipeline.from_prior(args.prior, usable_device(args.device))
+    device = usable_device(args.device)
+    pipe = RestorationPipeline.from_prior(args.prior, device)
+    if args.classifier:
+        from coherent_ddrm.classifier import load_classifier
+
+        guidance["classifier"] = load_classifier(args.classifier, device)
     start, nfe = time.perf_counter(), 0
     with memory_limits():
         for job in tqdm(todo, desc="pictures", unit="picture", disable=len(todo) == 1):
-            nfe = max(nfe, restore_jobs.run(job, pipe, args, options).nfe)
+            nfe = max(nfe, restore_jobs.run(job, pipe, args, options, guidance).nfe)
     where = str(todo[0].output) if len(todo) == 1 else f"{len(todo)} pictures in {args.output}"
     print(f"{where}: {time.perf_counter() - start:.2f} seconds, nfe {nfe}, seed {args.seed}")
     return 0

@@ -25,6 +25,11 @@ class Denoiser(Protocol):
     def __call__(self, x_t: Tensor, t: Tensor, **condition: Tensor) -> Tensor: ...
 
 
+def takes_pixel_times(denoiser: Denoiser) -> bool:
+    """Whether t may be (B, 1, H, W)."""
+    return getattr(denoiser, "per_pixel_time", False)
+
+
 @dataclass
 class Bound:
     """A denoiser with its condition filled in: the (x_t, t) -> x0_hat that samplers take."""
@@ -35,6 +40,10 @@ class Bound:
     @property
     def schedule(self) -> Schedule:
         return self.denoiser.schedule
+
+    @property
+    def per_pixel_time(self) -> bool:
+        return takes_pixel_times(self.denoiser)
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self.denoiser(x_t, t, **self.condition)

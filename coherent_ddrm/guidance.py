@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from coherent_ddrm.denoiser import Bound, Denoiser
+from coherent_ddrm.denoiser import Bound, Denoiser, takes_pixel_times
 from coherent_ddrm.models.dit import DiT, InContext
 from coherent_ddrm.operators.transforms import dct, idct
 from coherent_ddrm.schedule import Schedule, expand
@@ -51,11 +51,6 @@ class ClassifierFree:
         return x0_u if self.scale == 0 else x0_u + self.scale * (self.conditional(x_t, t) - x0_u)
 
 
-def takes_pixel_times(denoiser: Denoiser) -> bool:
-    """Whether t may be (B, 1, H, W)."""
-    return getattr(denoiser, "per_pixel_time", False)
-
-
 def guide_structure(
     net: DiT, y: Tensor, hole: Tensor | None, plan: Tensor, scale: float, draws: int = 1, cached: bool = True
 ) -> ClassifierFree:
@@ -86,6 +81,7 @@ class LogProb(Protocol):
     """What guides: log p(label | x), (B,), of x (B, C, H, W); classifier.Classifier, or one's own.
 
     With an attribute `timed` that is true it is given noisy pictures and their time t, (B,), on the VP-cosine schedule.
+    RestorationPipeline finds labels by `label(name)`.
     """
 
     def log_prob(self, x: Tensor, labels: int | Tensor, t: Tensor | None = None) -> Tensor: ...

@@ -135,12 +135,12 @@ def _from_folder(folder: Path) -> Prior:
         if index.get("_class_name") != "CoherentInpaintPipeline":
             return _from_pipeline(folder, index)
         export.verify_manifest(folder)
-        return DiTPrior(_load(DiT, folder / "transformer"), export.read_facts(folder).resolution)
+        return DiTPrior(load_network(DiT, folder / "transformer"), export.read_facts(folder).resolution)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: neither {export.INDEX} nor config.json in it, so it holds no prior")
     kind = export.read_json(folder / "config.json").get("_class_name")
     if kind == "DiT":
-        return DiTPrior(_load(DiT, folder))
+        return DiTPrior(load_network(DiT, folder))
     if kind != "UNet2DModel":
         raise CheckpointError(f"{folder}: a {kind}; a prior is a UNet2DModel, a pipeline around one, or our checkpoint")
     beside = folder.parent if folder.name == "unet" else folder  # unet/ of a pipeline
@@ -151,7 +151,7 @@ def _from_folder(folder: Path) -> Prior:
             f"{folder}: a U-Net without {SCHEDULER}, so the noise it was trained on is unknown; put that file there "
             "(DDPM's own: diffusers.DDPMScheduler().save_pretrained(FOLDER))"
         )
-    return _denoiser(_load(UNet2DModel, folder), folder, **_read_scheduler(scheduler))
+    return _denoiser(load_network(UNet2DModel, folder), folder, **_read_scheduler(scheduler))
 
 
 def _from_pipeline(folder: Path, index: dict[str, Any]) -> DiscreteDenoiser:
@@ -163,7 +163,7 @@ def _from_pipeline(folder: Path, index: dict[str, Any]) -> DiscreteDenoiser:
     if parts.get("unet") != ["diffusers", "UNet2DModel"]:
         raise CheckpointError(f"{folder}: the unet of its {name} is {parts.get('unet')}, not diffusers' UNet2DModel")
     settings = _read_scheduler(folder / "scheduler" / SCHEDULER)
-    return _denoiser(_load(UNet2DModel, folder / "unet"), folder, **settings)
+    return _denoiser(load_network(UNet2DModel, folder / "unet"), folder, **settings)
 
 
 def _read_scheduler(file: Path) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _read_scheduler(file: Path) -> dict[str, Any]:
         scheduler = getattr(diffusers, name).from_pretrained(file.parent)
         schedule = VPDiscrete(tuple(scheduler.alphas_cumprod.double().tolist()))
     except (*UNREADABLE, NotImplementedError) as error:
-        raise CheckpointError(f"{file}: not usable ({_line(error)})") from error
+        raise CheckpointError(f"{file}: not usable ({one_line(error)})") from error
     config = scheduler.config
     if config.get("thresholding"):
         raise CheckpointError(f"{file}: thresholding is not done here; set it to false, and clip_sample to true")
@@ -207,7 +207,7 @@ def _denoiser(net: UNet2DModel, source: Path, **settings: Any) -> DiscreteDenois
         raise CheckpointError(f"{source}: {error}") from error
 
 
-def _load(kind: type[ModelMixin], folder: Path) -> Any:
+def load_network(kind: type[ModelMixin], folder: Path) -> Any:
     """A network of diffusers' format from its folder: strict, safetensors only."""
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder}: no weights in .safetensors; {CONVERT}")
@@ -215,7 +215,7 @@ def _load(kind: type[ModelMixin], folder: Path) -> Any:
     try:
         net, found = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     except UNREADABLE as error:
-        raise CheckpointError(f"{folder}: cannot be loaded ({_line(error)})") from error
+        raise CheckpointError(f"{folder}: cannot be loaded ({one_line(error)})") from error
     for state in ("missing", "unexpected", "mismatched"):
         if names := sorted(map(str, found[f"{state}_keys"])):
             raise CheckpointError(f"{folder}: weight {names[0]!r} is {state} ({len(names)} such); get it again")
@@ -237,13 +237,13 @@ def _guided(file: Path) -> DiscreteDenoiser:
     try:
         state = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot be loaded ({_line(error)})") from error
+        raise CheckpointError(f"{file}: cannot be loaded ({one_line(error)})") from error
     net = UNet2DModel(**guided_diffusion.unet_config(flags))
     weights = guided_diffusion.convert(state, flags, str(file))
     try:
         net.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{file}: does not fit the flags in {described.name} ({_line(error)})") from error
+        raise CheckpointError(f"{file}: does not fit the flags in {described.name} ({one_line(error)})") from error
     return _denoiser(
         net,
         file,
@@ -254,6 +254,6 @@ def _guided(file: Path) -> DiscreteDenoiser:
     )
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error of another library on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__

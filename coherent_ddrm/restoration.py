@@ -26,11 +26,12 @@ from torch import Tensor
 
 from coherent_ddrm.denoiser import Bound, Denoiser
 from coherent_ddrm.errors import CheckpointError, UserError
-from coherent_ddrm.images import fit
+from coherent_ddrm.guidance import ClassifierGuided, LogProb, Target
 from coherent_ddrm.models.dit import InContext
 from coherent_ddrm.operators import Inpainting, LinearOperator, Observation, Operator, make_operator, size_from_y
 from coherent_ddrm.pipeline_io import OUTPUT_TYPES, seed_keys
 from coherent_ddrm.priors import DiTPrior, Prior, load_prior
+from coherent_ddrm.restoration_io import read_masks, read_pictures, write_pictures
 from coherent_ddrm.rng import keyed_generator, normal
 from coherent_ddrm.samplers import RESTORERS, Restorer, sample
 from coherent_ddrm.samplers.mask_shift import mask_shift
@@ -83,6 +84,9 @@ class RestorationPipeline:
         candidates: int = 1,
         shift: float = 1.0,
         class_labels: Sequence[int] | None = None,
+        classifier: LogProb | None = None,
+        show: Sequence[str | tuple[str, Any]] = (),
+        guidance_scale: float = 20.0,
         output_type: str = "pil",
         callback_on_step_end: Callable[[int, float, Tensor], Tensor | None] | None = None,
         **options: Any,
@@ -102,6 +106,11 @@ class RestorationPipeline:
             candidates: results per picture.
             shift: above 1 spends more steps at high noise.
             class_labels: one per picture, for a prior that has classes.
+            classifier: guides towards what `show` names (see guidance.ClassifierGuided), "guidpaint" in its first stage
+                alone, the other samplers all the way. classifier.load_classifier reads one.
+            show: class names, each for the hole (without one, for the whole picture) or, as (name, mask), for the white
+                of a mask.
+            guidance_scale: strength of the classifier; 0 = not guided.
             output_type: "pil", "np" (N, H, W, C) or "pt" (N, C, H, W), floats in [0, 1].
             callback_on_step_end: called with (move, s, x_s) after each; a returned tensor replaces x_s.
 
@@ -111,13 +120,23 @@ class RestorationPipeline:
         """
         start = time.perf_counter()
         self._check(sampler, output_type, candidates, num_inference_steps, sigma_y, options)
-        pictures = self._pictures(image, degrade)
+        side = self.prior.resolution if degrade else None
+        pictures = read_pictures(image, side).to(self.device)
         keys = seed_keys(generator, len(pictures), candidates)
         with torch.no_grad(), _plain_words():
             observation, size = self._observe(pictures, operator, mask_image, sigma_y, degrade, keys[::candidates])
             seen = _repeat(observation, candidates)
             labels = self._labels(class_labels, len(pictures), candidates)
-            method = lambda part: RESTORERS[sampler](self._denoiser(sampler, part, labels), part, **options)  # noqa: E731
+            targets = self._targets(classifier, show, seen, candidates, side)
+
+            def method(part: Observation) -> Restorer:
+                denoiser, own = self._denoiser(sampler, part, labels, options.get("clean", False)), {}
+                if targets:
+                    own = {"plain": denoiser} if sampler == "guidpaint" else {}
+                    hole = part.operator.hole.float() if isinstance(part.operator, Inpainting) else None
+                    denoiser = ClassifierGuided(denoiser, classifier, targets, guidance_scale, hole)
+                return RESTORERS[sampler](denoiser, part, **own, **options)
+
             times = lambda made: made.times(num_inference_steps or made.default_steps, shift)  # noqa: E731
             shape, rng = (len(keys), self.prior.channels, *size), [keyed_generator(*key) for key in keys]
             if self._fits(size):
@@ -125,10 +144,10 @@ class RestorationPipeline:
                 z = normal(torch.empty(shape, device=self.device), rng)
                 x0, nfe = sample(engine, z, times(engine), rng, callback_on_step_end), engine.nfe
             else:
-                self._check_windows(seen.operator, sampler, size)
+                self._check_windows(seen.operator, sampler, size, guided=bool(targets))
                 x0, nfe = mask_shift(method, seen, shape, self.prior.resolution, times, rng)
         residual = float((seen.operator.A(x0) - seen.y).abs().max()) if _exact(seen) else None
-        images = _outputs(x0, output_type)
+        images = write_pictures(x0, output_type)
         return RestorationOutput(images, observation.y, residual, keys, nfe, time.perf_counter() - start)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -144,10 +163,9 @@ class RestorationPipeline:
     ) -> None:
         if sampler not in RESTORERS:
             raise UserError(f"unknown sampler {sampler!r}: choose one of {', '.join(RESTORERS)}")
-        if sampler in ("coherent", "rad") and not isinstance(self.prior, DiTPrior):
-            raise UserError(
-                f"sampler {sampler!r} needs a time per pixel, which this prior cannot take; use our checkpoint"
-            )
+        if (sampler in ("coherent", "rad") or options.get("clean")) and not isinstance(self.prior, DiTPrior):
+            name = sampler if sampler in ("coherent", "rad") else "clean"
+            raise UserError(f"{name!r} needs a time per pixel, which this prior cannot take; use our checkpoint")
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"unknown output_type {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
         for name, count in (("candidates", candidates), ("num_inference_steps", 1 if steps is None else steps)):
@@ -160,23 +178,6 @@ class RestorationPipeline:
             if name not in known:
                 raise UserError(f"sampler {sampler!r} has no option {name!r}; it has {', '.join(known) or 'none'}")
 
-    def _pictures(self, image: Any, degrade: bool) -> Tensor:
-        """(B, C, H, W), or a measurement of another shape, on the device."""
-        if isinstance(image, Tensor):
-            if not image.is_floating_point() or not bool(image.isfinite().all()):
-                raise UserError("a tensor must hold finite floats, a measurement on the [-1, 1] scale")
-            return image.float().to(self.device)
-        arrays = [_array(one) for one in (image if isinstance(image, list | tuple) else [image])]
-        if degrade and self.prior.resolution:
-            arrays = [fit(array, self.prior.resolution) for array in arrays]
-        if not arrays or len({array.shape for array in arrays}) > 1:
-            raise UserError(
-                f"{len(arrays)} pictures of sizes {sorted({a.shape for a in arrays})}; give one size at a time"
-            )
-        pixels = torch.from_numpy(np.stack(arrays)).to(self.device)
-        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-        return pixels.float() / 127.5 - 1
-
     def _observe(
         self,
         pictures: Tensor,
@@ -187,7 +188,9 @@ class RestorationPipeline:
         keys: Sequence[tuple[int, int]],
     ) -> tuple[Observation, tuple[int, int]]:
         """What is known of the pictures, and their (H, W)."""
-        hole = None if mask_image is None else self._hole(mask_image, len(pictures), degrade)
+        side = self.prior.resolution if degrade else None
+        hole = None if mask_image is None else read_masks(mask_image, len(pictures), side).to(self.device)
+
         if isinstance(operator, str):
             size = tuple(pictures.shape[-2:]) if degrade else size_from_y(operator, pictures.shape)
             operator = make_operator(operator, size, hole=hole)
@@ -212,28 +215,20 @@ class RestorationPipeline:
             y = y + sigma_y * (operator.A(n) if isinstance(operator, Inpainting) else n)
         return Observation(y, operator, sigma_y), size
 
-    def _hole(self, mask_image: Any, pictures: int, degrade: bool) -> Tensor:
-        """(B, 1, H, W), 1 = missing, at the prior's size if the pictures are brought to it."""
-        masks = mask_image if isinstance(mask_image, list | tuple) else [mask_image]
-        masks = [_array(mask, grey=True) for mask in masks]
-        if degrade and self.prior.resolution:
-            masks = [fit(mask, self.prior.resolution, labels=True) for mask in masks]
-        if len(masks) not in (1, pictures) or len({mask.shape for mask in masks}) > 1:
-            raise UserError(
-                f"{len(masks)} masks for {pictures} pictures; give one mask each, of one size, or one for all"
-            )
-        hole = torch.from_numpy(np.stack(masks) >= 128)[:, None].float()
-        return hole.expand(pictures, -1, -1, -1).to(self.device)
-
     def _fits(self, size: Sequence[int]) -> bool:
         resolution = self.prior.resolution
         return resolution is None or tuple(size) == (resolution, resolution)
 
-    def _check_windows(self, operator: Operator, sampler: str, size: Sequence[int]) -> None:
+    def _check_windows(self, operator: Operator, sampler: str, size: Sequence[int], guided: bool) -> None:
         resolution = self.prior.resolution
         if min(size) < resolution:
             raise UserError(
                 f"the picture is {size[1]} x {size[0]}, the prior's are {resolution} x {resolution}; enlarge it"
+            )
+        if guided:
+            raise UserError(
+                f"the picture is {size[1]} x {size[0]}, larger than the prior's {resolution} x {resolution}, and a "
+                "classifier cannot guide window by window; shrink it"
             )
         if not isinstance(operator, Inpainting) and sampler not in SHIFTED:
             raise UserError(
@@ -251,9 +246,32 @@ class RestorationPipeline:
             raise UserError(f"class_labels are {list(class_labels)}; give {pictures}, each from 0 to {count - 1}")
         return torch.tensor(class_labels, device=self.device).repeat_interleave(candidates)
 
-    def _denoiser(self, sampler: str, observation: Observation, labels: Tensor | None) -> Denoiser:
+    def _targets(
+        self,
+        classifier: LogProb | None,
+        show: Sequence[str | tuple[str, Any]],
+        observation: Observation,
+        candidates: int,
+        side: int | None,
+    ) -> list[Target]:
+        """(region, label) of each thing to be shown, a row per result."""
+        if (classifier is None) != (not show):
+            raise UserError("a classifier and what to `show` go together; give both or neither")
+        rows, everywhere = len(observation.y), None
+        if isinstance(observation.operator, Inpainting):
+            everywhere = observation.operator.hole.float()
+        targets: list[Target] = []
+        for one in show:
+            name, mask = (one, None) if isinstance(one, str) else one
+            region = everywhere
+            if mask is not None:
+                region = read_masks(mask, rows // candidates, side).to(self.device).repeat_interleave(candidates, dim=0)
+            targets.append((region, classifier.label(name)))
+        return targets
+
+    def _denoiser(self, sampler: str, observation: Observation, labels: Tensor | None, clean: bool) -> Denoiser:
         """The prior; for the methods that tell the network what is known, the network itself."""
-        if sampler == "coherent":
+        if sampler == "coherent" or clean:
             net, hole = self.prior.net, observation.operator.hole.float()
             return InContext(net, net.context(observation.y, hole, cached=net.config.one_way))
         if sampler == "rad":
@@ -267,7 +285,8 @@ def option_names(method: type[Restorer]) -> list[str]:
     for kind in method.__mro__:
         if issubclass(kind, Restorer) and "__init__" in vars(kind):
             parameters = list(inspect.signature(kind.__init__).parameters.values())[3:]
-            found |= dict.fromkeys(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+            chosen = [p for p in parameters if p.kind is not p.VAR_KEYWORD and "Denoiser" not in str(p.annotation)]
+            found |= dict.fromkeys(p.name for p in chosen)
             if all(p.kind is not p.VAR_KEYWORD for p in parameters):
                 break
     return list(found)
@@ -294,27 +313,3 @@ def _repeat(observation: Observation, candidates: int) -> Observation:
 
 def _exact(observation: Observation) -> bool:
     return observation.sigma_y == 0 and isinstance(observation.operator, LinearOperator)
-
-
-def _array(one: Any, grey: bool = False) -> np.ndarray:
-    """uint8 (H, W, 3), or (H, W) for a grey picture."""
-    if isinstance(one, Image.Image):
-        return np.asarray(one.convert("L" if grey or one.mode in ("L", "1") else "RGB"))
-    if isinstance(one, np.ndarray) and one.dtype == bool:
-        one = one.astype(np.uint8) * 255
-    if not isinstance(one, np.ndarray) or one.dtype != np.uint8 or one.ndim not in (2, 3):
-        raise UserError(
-            f"a picture is a {type(one).__name__}; give PIL, uint8 numpy (H, W[, 3]), or a torch measurement"
-        )
-    return one
-
-
-def _outputs(x0: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
-    unit = (x0.float().cpu().clamp(-1, 1) + 1) / 2
-    if output_type == "pt":
-        return unit
-    pixels = unit.permute(0, 2, 3, 1).numpy()
-    if output_type == "np":
-        return pixels
-    levels = (255 * pixels).round().astype(np.uint8)
-    return [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture in levels]

@@ -76,8 +76,22 @@ def _check_paths(jobs: list[Job], candidates: int) -> None:
             taken.add(path.resolve())
 
 
-def run(job: Job, pipe: RestorationPipeline, args: Namespace, options: dict[str, Any]) -> RestorationOutput:
-    """Restore one picture and write the results, the measurement where it is a picture, and what was done."""
+def read_show(texts: list[str]) -> list[str | tuple[str, np.ndarray]]:
+    """["Dress", "Hat=top.png"] -> "Dress" for the whole hole, ("Hat", mask) for the white of the mask."""
+    found: list[str | tuple[str, np.ndarray]] = []
+    for text in texts:
+        name, equals, path = text.partition("=")
+        found.append((name, read_hole(Path(path))) if equals else name)
+    return found
+
+
+def run(
+    job: Job, pipe: RestorationPipeline, args: Namespace, options: dict[str, Any], guidance: dict[str, Any]
+) -> RestorationOutput:
+    """Restore one picture and write the results, the measurement where it is a picture, and what was done.
+
+    guidance: classifier and show of RestorationPipeline.
+    """
     picture = read_image(job.image)
     grey = not args.degrade and args.operator.split("+")[-1].startswith("colourisation")
     output = pipe(
@@ -91,6 +105,8 @@ def run(job: Job, pipe: RestorationPipeline, args: Namespace, options: dict[str,
         generator=args.seed,
         candidates=args.candidates,
         class_labels=None if args.class_label is None else [args.class_label],
+        guidance_scale=args.guidance_scale,
+        **guidance,
         **options,
     )
     job.output.parent.mkdir(parents=True, exist_ok=True)
@@ -106,6 +122,8 @@ def run(job: Job, pipe: RestorationPipeline, args: Namespace, options: dict[str,
             "sampler": args.sampler,
             "options": options,
             "prior": Path(args.prior).name,
+            "show": args.show,
+            "guidance_scale": args.guidance_scale if args.show else None,
             "seed": output.seeds[k][0],
             "candidate": output.seeds[k][1],
             "nfe": output.nfe,

@@ -13,9 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from shard_building import build
 
-from coherent_ddrm.classifier import NETWORKS, Classifier, make_classifier
+from coherent_ddrm.classifier import NETWORKS, Classifier, load_classifier, make_classifier
+from coherent_ddrm.errors import CheckpointError
 from coherent_ddrm.examples import make_examples
 from coherent_ddrm.guidance import ClassifierGuided
+from coherent_ddrm.models.dit import make_dit
 from coherent_ddrm.schedule import Flow, VPCosine
 
 ROOT = Path(__file__).parent.parent
@@ -38,8 +40,30 @@ def test_saved_and_loaded(tmp_path, timed):
     loaded = Classifier.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(x, t), net(x, t))
     assert loaded.label("dress") == 1 and loaded.timed == timed
-    with pytest.raises(ValueError, match=r"unknown class 'sock': choose one of hat, dress, shoe"):
-        loaded.label("sock")
+    assert loaded.label("2") == 2
+    for name in ("sock", "3"):
+        with pytest.raises(ValueError, match=rf"unknown class '{name}': choose one of hat, dress, shoe, 0 to 2"):
+            loaded.label(name)
+
+
+def test_loaded_to_guide(tmp_path, monkeypatch):
+    network().save_pretrained(tmp_path / "net")
+    ready = load_classifier(tmp_path / "net")
+    assert not ready.training and not any(weight.requires_grad for weight in ready.parameters())
+    make_dit("tiny").save_pretrained(tmp_path / "other")
+    for source, message in ((tmp_path / "other", "holds no classifier"), ("resnet17", "neither a folder")):
+        with pytest.raises(CheckpointError, match=message):
+            load_classifier(source)
+    (tmp_path / "net" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_classifier(tmp_path / "net")
+
+    def offline(*args, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(CheckpointError, match=r"resnet18: .* not to be had .*no network"):
+        load_classifier("resnet18")
 
 
 def test_log_prob():

@@ -176,3 +176,76 @@ def test_operators_may_be_handed_in(pipe):
     out = pipe(picture, Inpainting(hole), candidates=2, num_inference_steps=2, generator=0)
     assert out.residual == 0 and len(out.images) == 2
     assert pipe(Y, AveragePooling(4), num_inference_steps=2).residual < 1e-5
+
+
+class Level:
+    """log p(label | x) = -|x - level|² / 2: its gradient pulls towards the level, by as much as x is away."""
+
+    def label(self, name):
+        return {"bright": 0.9, "dark": -0.9}[name]
+
+    def log_prob(self, x, labels, t=None):
+        return -(x - torch.as_tensor(labels)).square().flatten(1).sum(dim=1) / 2
+
+
+@pytest.mark.parametrize("sampler", ["ddnm", "guidpaint", "dps"])
+def test_a_classifier_guides_what_is_hidden(pipe, sampler):
+    """Bright on the left, dark on the right; 0 leaves the result alone, known pixels stay."""
+    hole = make_hole(SIDE, SIDE, (0.25, 0.0, 1.0, 1.0))
+    left, right = np.zeros((2, SIDE, SIDE), bool)
+    left[:, : SIDE // 2], right[:, SIDE // 2 :] = True, True
+    options = dict(
+        operator="inpainting", sampler=sampler, mask_image=make_mask(hole), num_inference_steps=12, generator=0,
+        candidates=2, output_type="pt", classifier=Level(),
+    )  # fmt: skip
+    show = [("bright", make_mask(left)), ("dark", make_mask(right))]
+    picture = make_picture(SIDE, SIDE)
+    guided = pipe(picture, show=show, guidance_scale=0.3, **options)
+    mean = lambda out, half: out.images[..., torch.from_numpy(hole & half)].mean()  # noqa: E731
+    means = [mean(guided, half) for half in (left, right)]
+    assert means[0] - means[1] > 0.15
+    both = pipe(picture, show=["bright"], guidance_scale=0.3, **options)
+    assert mean(both, right) > means[1] + 0.1
+    alone = pipe(picture, show=show, guidance_scale=0.0, **options)
+    options.pop("classifier")
+    plain = pipe(picture, **options)
+    assert torch.equal(alone.images, plain.images)
+    if sampler != "dps":
+        assert guided.residual == 0
+
+
+def test_guidpaint_is_plain_in_its_second_stage():
+    """With the switch at 1 nothing is guided."""
+    options = dict(
+        operator="inpainting", sampler="guidpaint", mask_image=make_mask(make_hole(SIDE, SIDE)), num_inference_steps=6,
+        generator=0, output_type="pt",
+    )  # fmt: skip
+    pipe, picture = RestorationPipeline(GaussianPrior()), make_picture(SIDE, SIDE)
+    guided = dict(classifier=Level(), show=["bright"])
+    assert torch.equal(
+        pipe(picture, switch=1.0, **guided, **options).images, pipe(picture, switch=1.0, **options).images
+    )
+    assert not torch.equal(pipe(picture, **guided, **options).images, pipe(picture, **options).images)
+
+
+def test_clean_known_pixels_are_told_to_our_network_alone(pipe):
+    torch.manual_seed(0)
+    ours = RestorationPipeline(DiTPrior(make_dit("tiny").eval(), resolution=SIDE))
+    options = dict(
+        operator="inpainting", sampler="guidpaint", mask_image=make_mask(make_hole(SIDE, SIDE)), num_inference_steps=3,
+        generator=0, output_type="pt",
+    )  # fmt: skip
+    picture = make_picture(SIDE, SIDE)
+    assert ours(picture, clean=True, **options).residual == 0
+    with pytest.raises(UserError, match="'clean' needs a time per pixel"):
+        pipe(picture, clean=True, **options)
+
+
+def test_mistakes_of_guidance_are_named(pipe):
+    with pytest.raises(UserError, match="go together"):
+        pipe(Y, "super_resolution:4", show=["bright"])
+    with pytest.raises(UserError, match="go together"):
+        pipe(Y, "super_resolution:4", classifier=Level())
+    with pytest.raises(UserError, match="cannot guide window by window"):
+        large = torch.zeros(1, 3, 16, 16)
+        pipe(large, "super_resolution:4", classifier=Level(), show=["bright"], num_inference_steps=2)

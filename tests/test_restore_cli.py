@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from tiny import RESOLUTION, make_hole, make_mask, make_picture, make_pipeline
 
+from coherent_ddrm.classifier import make_classifier
 from coherent_ddrm.cli import main
 from coherent_ddrm.methods import page
 from coherent_ddrm.operators import OPERATORS
@@ -69,7 +70,32 @@ def test_a_folder_with_masks(restore, tmp_path):
         assert (np.asarray(Image.open(tmp_path / "done" / name)) == before)[~hole].all()
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier") / "export"
+    make_classifier("tiny", 2, class_names=["Dress", "Hat"]).save_pretrained(folder)
+    return str(folder)
+
+
+def test_what_is_hidden_shall_be_a_dress(restore, tmp_path, classifier):
+    for name, box in (("mask", (0.2, 0.3, 0.7, 0.8)), ("top", (0.0, 0.0, 0.5, 1.0))):
+        make_mask(make_hole(40, 50, box)).save(tmp_path / f"{name}.png")
+    words = ["--operator", "inpainting", "--sampler", "guidpaint", "--option", "clean=true", "--degrade"]
+    words += ["--mask", str(tmp_path / "mask.png"), "--seed", "0"]
+    assert restore(*words, out="plain.png")[0] == 0
+    words += ["--classifier", classifier, "--guidance-scale", "2000", "--show", "Dress"]
+    assert restore(*words, "--show", f"Hat={tmp_path / 'top.png'}", out="guided.png")[0] == 0
+    plain, guided = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "guided"))
+    assert (plain != guided).any()
+    record = json.loads((tmp_path / "guided.json").read_text())
+    assert record["show"][0] == "Dress" and record["guidance_scale"] == 2000 and record["residual"] == 0
+    code, said = restore(*words, "--show", "Sock")
+    assert code == 2 and "unknown class 'Sock': choose one of Dress, Hat, 0 to 1" in said.err
+
+
 MISTAKES = {
+    "classifier": (["--operator", "denoising", "--show", "Dress", "--classifier", "/no/where"], "neither a folder"),
+    "show what": (["--operator", "denoising", "--classifier", "resnet18"], "go together"),
     "operator": (["--operator", "blurr"], "unknown operator 'blurr'"),
     "sampler": (["--operator", "denoising", "--sampler", "best"], "unknown sampler 'best'"),
     "option": (["--operator", "denoising", "--option", "eta"], "NAME=VALUE"),

@@ -10,6 +10,7 @@ from coherent_ddrm.samplers.ddrm import DDRM
 from coherent_ddrm.samplers.diffpir import DiffPIR
 from coherent_ddrm.samplers.dpmpp import DPMPP
 from coherent_ddrm.samplers.dps import DPS
+from coherent_ddrm.samplers.guidpaint import GuidPaint
 from coherent_ddrm.samplers.heun import Heun
 from coherent_ddrm.samplers.hybrid import Hybrid
 from coherent_ddrm.samplers.ilvr import ILVR
@@ -29,6 +30,7 @@ RESTORERS: dict[str, type[Restorer]] = {
     "copaint": CoPaint,
     "copaint_tt": CoPaintTT,
     "rad": RAD,
+    "guidpaint": GuidPaint,
     "dps": DPS,
     "pigdm": PiGDM,
     "diffpir": DiffPIR,
@@ -51,6 +53,7 @@ __all__ = [
     "Coherent",
     "DDNMPlus",
     "DiffPIR",
+    "GuidPaint",
     "Heun",
     "Hybrid",
     "PiGDM",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coherent_ddrm.denoiser import Denoiser
+from coherent_ddrm.denoiser import Denoiser, takes_pixel_times
 from coherent_ddrm.operators import Inpainting, Observation
 from coherent_ddrm.samplers.loop import Restorer, Rng
 from coherent_ddrm.schedule import Schedule
@@ -57,7 +57,7 @@ class RAD(Restorer):
 
     def __init__(self, denoiser: Denoiser, observation: Observation, amount: Tensor | None = None, phases: int = 1):
         super().__init__(denoiser, observation)
-        if not getattr(denoiser, "per_pixel_time", False):
+        if not takes_pixel_times(denoiser):
             raise ValueError(
                 f"RAD gives every pixel its own time, but {type(denoiser).__name__} takes one time per picture; use a "
                 f"network with per_pixel_time, such as DiT"
