@@ -45,7 +45,7 @@ class RestorationOutput(BaseOutput):
 
     images: list[Image.Image] | np.ndarray | Tensor
     y: Tensor  # the measurement, one row per picture, on the [-1, 1] scale
-    residual: float | None  # max |A x0 - y| before rounding to pixels; None where noise or a non-linear A explains it
+    residual: float | None  # max |A x0 - y| as the sampler left it; None where noise or a non-linear A explains it
     seeds: list[tuple[int, int]]
     nfe: int  # network evaluations per result
     seconds: float
@@ -147,6 +147,8 @@ class RestorationPipeline:
                 self._check_windows(seen.operator, sampler, size, guided=bool(targets))
                 x0, nfe = mask_shift(method, seen, shape, self.prior.resolution, times, rng)
         residual = float((seen.operator.A(x0) - seen.y).abs().max()) if _exact(seen) else None
+        if _exact(seen) and isinstance(seen.operator, Inpainting):
+            x0 = seen.operator.project(x0, seen.y)  # the composite: not every method keeps known pixels exactly
         images = write_pictures(x0, output_type)
         return RestorationOutput(images, observation.y, residual, keys, nfe, time.perf_counter() - start)
 
@@ -271,7 +273,7 @@ class RestorationPipeline:
 
     def _denoiser(self, sampler: str, observation: Observation, labels: Tensor | None, clean: bool) -> Denoiser:
         """The prior; for the methods that tell the network what is known, the network itself."""
-        if sampler == "coherent" or clean:
+        if (sampler == "coherent" or clean) and isinstance(observation.operator, Inpainting):  # else it refuses
             net, hole = self.prior.net, observation.operator.hole.float()
             return InContext(net, net.context(observation.y, hole, cached=net.config.one_way))
         if sampler == "rad":

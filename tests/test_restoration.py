@@ -147,6 +147,7 @@ BAD = {
     "output": (dict(output_type="gif"), "unknown output_type"),
     "no hole": (dict(operator="inpainting"), "needs a hole"),
     "method and operator": (dict(operator="super_resolution:4", sampler="repaint"), "RePaint inpaints"),
+    "coherent inpaints": (dict(sampler="coherent"), "time per pixel"),
     "not linear": (dict(operator="clipping:2", image=torch.zeros(1, 3, SIDE, SIDE)), "needs a linear operator"),
     "too small": (dict(operator="denoising"), "enlarge it"),
     "too large": (dict(image=torch.zeros(1, 3, 16, 16), sampler="ddrm"), "choose ddnm or hybrid"),
@@ -210,8 +211,9 @@ def test_a_classifier_guides_what_is_hidden(pipe, sampler):
     options.pop("classifier")
     plain = pipe(picture, **options)
     assert torch.equal(alone.images, plain.images)
-    if sampler != "dps":
-        assert guided.residual == 0
+    known = torch.from_numpy(~hole)
+    given = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+    assert torch.equal(guided.images[..., known], ((given + 1) / 2).expand(2, -1, -1, -1)[..., known])
 
 
 def test_guidpaint_is_plain_in_its_second_stage():
@@ -237,6 +239,9 @@ def test_clean_known_pixels_are_told_to_our_network_alone(pipe):
     )  # fmt: skip
     picture = make_picture(SIDE, SIDE)
     assert ours(picture, clean=True, **options).residual == 0
+    for wrong in (dict(sampler="coherent"), dict(sampler="guidpaint", clean=True)):
+        with pytest.raises(UserError, match=r"Coherent inpaints|clean=True keeps known pixels"):
+            ours(Y, "super_resolution:4", num_inference_steps=2, **wrong)
     with pytest.raises(UserError, match="'clean' needs a time per pixel"):
         pipe(picture, clean=True, **options)
 
