@@ -134,4 +134,5 @@ def load_classifier(source: str | os.PathLike[str], device: str | torch.device =
             ) from error
     else:
         raise CheckpointError(f"{source}: neither a folder with a classifier nor a model of timm")
-    return classifier.to(device).eval().requires_grad_(False)
+    torch.nn.Module.to(classifier, device, torch.float32)  # files may hold half precision; diffusers' own `to` warns
+    return classifier.eval().requires_grad_(False)

@@ -124,6 +124,9 @@ def _add_restore(verbs: Any) -> None:
     verb.add_argument("--class-label", type=natural, metavar="N", help="for a prior that has classes")
     verb.add_argument("--candidates", type=positive, default=1, metavar="K", help="results per picture")
     verb.add_argument("--steps", type=positive, metavar="N", help="default: the method's")
+    verb.add_argument(
+        "--shift", type=float, metavar="S", help="above 1: more steps at high noise (default: the prior's)"
+    )
     verb.add_argument("--seed", type=natural, metavar="N", help="same seed, same result (drawn unless given)")
     verb.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if there is one)"

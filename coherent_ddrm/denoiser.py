@@ -91,6 +91,7 @@ class DiscreteDenoiser:
         clip: x0_hat is clamped to [-clip, clip]; None = not (gradients pass everywhere then).
         timestep_scale: the network is told so many times the timestep.
         resolution, channels, labels: side it was trained at (None = unknown or any), C, number of classes (0 = none).
+        shift: of the time grid that suits it, see schedule.time_grid.
     """
 
     net: Callable[..., Any]
@@ -101,6 +102,7 @@ class DiscreteDenoiser:
     resolution: int | None = None
     channels: int = 3
     labels: int = 0
+    shift: float = 1.0
     per_pixel_time = False
 
     def __post_init__(self) -> None:

@@ -126,6 +126,7 @@ class Facts:
     resolution: int
     labels: int  # of the plan; 0 = it takes none
     planner: bool  # whether it predicts plans
+    shift: float  # of its time grid
 
 
 def read_facts(folder: Path) -> Facts:
@@ -133,7 +134,8 @@ def read_facts(folder: Path) -> Facts:
     index, network = read_json(folder / INDEX), read_json(folder / "transformer" / "config.json")
     try:
         channels = int(network["structure_channels"])
-        return Facts(int(index["resolution"]), max(0, channels - 1), bool((index.get("structure") or [None])[0]))
+        planner = bool((index.get("structure") or [None])[0])
+        return Facts(int(index["resolution"]), max(0, channels - 1), planner, float(index.get("shift", 1.0)))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: no resolution or structure_channels in its JSON files ({error})") from error
 

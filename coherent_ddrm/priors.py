@@ -61,6 +61,7 @@ class Prior(Denoiser, Protocol):
     resolution: int | None  # side of its training pictures; None = unknown, or any
     channels: int
     labels: int  # classes, one of which it must be told (`class_labels`); 0 = none
+    shift: float  # of the time grid that suits it
 
 
 @dataclass
@@ -70,6 +71,7 @@ class DiTPrior:
     net: DiT
     resolution: int | None = None
     labels: int = 0
+    shift: float = 1.0
     per_pixel_time = True
     _context: tuple[object, Context] | None = field(default=None, repr=False)  # for the last shape of x_t
 
@@ -135,7 +137,8 @@ def _from_folder(folder: Path) -> Prior:
         if index.get("_class_name") != "CoherentInpaintPipeline":
             return _from_pipeline(folder, index)
         export.verify_manifest(folder)
-        return DiTPrior(load_network(DiT, folder / "transformer"), export.read_facts(folder).resolution)
+        facts = export.read_facts(folder)
+        return DiTPrior(load_network(DiT, folder / "transformer"), facts.resolution, shift=facts.shift)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: neither {export.INDEX} nor config.json in it, so it holds no prior")
     kind = export.read_json(folder / "config.json").get("_class_name")

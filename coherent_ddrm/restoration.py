@@ -82,7 +82,7 @@ class RestorationPipeline:
         num_inference_steps: int | None = None,
         generator: Any = None,
         candidates: int = 1,
-        shift: float = 1.0,
+        shift: float | None = None,
         class_labels: Sequence[int] | None = None,
         classifier: LogProb | None = None,
         show: Sequence[str | tuple[str, Any]] = (),
@@ -104,7 +104,7 @@ class RestorationPipeline:
             num_inference_steps: steps of the grid; the method's default unless given.
             generator: a seed, a torch.Generator, or a list of them, one per picture.
             candidates: results per picture.
-            shift: above 1 spends more steps at high noise.
+            shift: above 1 spends more steps at high noise; the prior's own unless given.
             class_labels: one per picture, for a prior that has classes.
             classifier: guides towards what `show` names (see guidance.ClassifierGuided), "guidpaint" in its first stage
                 alone, the other samplers all the way. classifier.load_classifier reads one.
@@ -119,7 +119,8 @@ class RestorationPipeline:
             CheckpointError: the network returned numbers that are not finite.
         """
         start = time.perf_counter()
-        self._check(sampler, output_type, candidates, num_inference_steps, sigma_y, options)
+        shift = self.prior.shift if shift is None else shift
+        self._check(sampler, output_type, candidates, num_inference_steps, sigma_y, shift, options)
         side = self.prior.resolution if degrade else None
         pictures = read_pictures(image, side).to(self.device)
         keys = seed_keys(generator, len(pictures), candidates)
@@ -161,6 +162,7 @@ class RestorationPipeline:
         candidates: int,
         steps: int | None,
         sigma_y: float,
+        shift: float,
         options: dict[str, Any],
     ) -> None:
         if sampler not in RESTORERS:
@@ -175,6 +177,8 @@ class RestorationPipeline:
                 raise UserError(f"{name} is {count}; it must be a whole number from 1")
         if not 0 <= sigma_y < float("inf"):
             raise UserError(f"sigma_y is {sigma_y}; it is a standard deviation on the [-1, 1] scale, 0 or more")
+        if not shift > 0:
+            raise UserError(f"shift is {shift}; it must be above 0, 1 for even times")
         known = option_names(RESTORERS[sampler])
         for name in options:
             if name not in known:

@@ -102,6 +102,7 @@ def run(
         sigma_y=args.sigma_y,
         degrade=args.degrade,
         num_inference_steps=args.steps,
+        shift=args.shift,
         generator=args.seed,
         candidates=args.candidates,
         class_labels=None if args.class_label is None else [args.class_label],

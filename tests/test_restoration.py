@@ -20,7 +20,7 @@ SIDE = 32
 class GaussianPrior:
     """x0 ~ N(0.1, 0.4²), exact."""
 
-    channels, labels = 3, 0
+    channels, labels, shift = 3, 0, 1.0
 
     def __init__(self, schedule=None, resolution=SIDE):
         self.schedule, self.resolution, self.largest = schedule or Flow(), resolution, 0
@@ -142,6 +142,7 @@ BAD = {
     "bad argument": (dict(operator="super_resolution:x"), "whole number"),
     "unknown option": (dict(etta=1.0), "no option 'etta'; it has eta"),
     "network without time per pixel": (dict(sampler="rad"), "use our checkpoint"),
+    "shift": (dict(shift=0.0), "shift is 0"),
     "steps": (dict(num_inference_steps=0), "whole number from 1"),
     "noise": (dict(sigma_y=-1.0), "sigma_y is -1"),
     "output": (dict(output_type="gif"), "unknown output_type"),

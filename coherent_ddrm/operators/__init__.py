@@ -10,7 +10,7 @@ from coherent_ddrm.operators.composition import Composition
 from coherent_ddrm.operators.compressed_sensing import CompressedSensing
 from coherent_ddrm.operators.denoising import Denoising
 from coherent_ddrm.operators.inpainting import Inpainting
-from coherent_ddrm.operators.nonlinear import JPEG, Clipping, Quantisation
+from coherent_ddrm.operators.nonlinear import JPEG, Chain, Clipping, Quantisation
 from coherent_ddrm.operators.registry import OPERATORS, make_operator, size_from_y
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "AveragePooling",
     "Bicubic",
     "Blur",
+    "Chain",
     "Clipping",
     "Colourisation",
     "Composition",

@@ -37,7 +37,9 @@ class Composition(LinearOperator):
             raise ValueError("a composition has no parts; at least one operator is needed")
         for part in parts:
             if not isinstance(part, LinearOperator):
-                raise ValueError(f"{type(part).__name__} is not linear, so a composition with it has no pseudo-inverse")
+                raise ValueError(
+                    f"{type(part).__name__} is not linear, so such a composition has no pseudo-inverse; Chain takes it"
+                )
         self.parts, self.tolerance, self.iterations = parts, tolerance, iterations
 
     def A(self, x: Tensor) -> Tensor:

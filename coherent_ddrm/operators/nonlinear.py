@@ -72,3 +72,20 @@ def _check(name: str, value: Tensor, low: float, high: float) -> None:
     """ValueError unless every number is in [low, high]."""
     if not bool(((value >= low) & (value <= high)).all()):
         raise ValueError(f"{name} is {value.flatten().tolist()}; numbers from {low:g} to {high:g} are needed")
+
+
+class Chain(Operator):
+    """Degradations in turn, the first applied first, where one is not linear: blur, reduction, JPEG."""
+
+    def __init__(self, *parts: Operator):
+        self.parts = parts
+
+    def A(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part.A(x)
+        return x
+
+    def to(self, device: torch.device | str) -> Operator:
+        for part in self.parts:
+            part.to(device)
+        return self

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coherent_ddrm.operators import kernels
 from coherent_ddrm.operators.average_pooling import AveragePooling, check_sides
-from coherent_ddrm.operators.base import Operator
+from coherent_ddrm.operators.base import LinearOperator, Operator
 from coherent_ddrm.operators.bicubic import Bicubic
 from coherent_ddrm.operators.blur import Blur
 from coherent_ddrm.operators.colour import Colourisation
@@ -17,7 +17,7 @@ from coherent_ddrm.operators.composition import Composition
 from coherent_ddrm.operators.compressed_sensing import CompressedSensing
 from coherent_ddrm.operators.denoising import Denoising
 from coherent_ddrm.operators.inpainting import Inpainting
-from coherent_ddrm.operators.nonlinear import JPEG, Clipping, Quantisation
+from coherent_ddrm.operators.nonlinear import JPEG, Chain, Clipping, Quantisation
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,12 @@ def make_operator(spec: str, size: tuple[int, int], *, hole: Tensor | None = Non
     """The operator that `spec` names, for pictures of `size` (H, W).
 
     A spec is NAME[:ARGUMENT...], a name and arguments of OPERATORS, those left out at their defaults; A+B+C is their
-    Composition, A applied first. `hole` (B, 1, H, W) is for "inpainting", on the grid that its part sees; `seed` for
-    "compressed_sensing".
+    Composition, A applied first, or their Chain if one is not linear. `hole` (B, 1, H, W) is for "inpainting", on the
+    grid that its part sees; `seed` for "compressed_sensing".
 
     Raises:
         ValueError: for an unknown name, a bad argument, a size that the operator cannot have, a missing or useless
-            hole, a part that is not linear in a composition. The message names the value and the rule.
+            hole. The message names the value and the rule.
     """
     parts, size = [], tuple(size)
     names = [name for name, _ in parse(spec)]
@@ -107,7 +107,10 @@ def make_operator(spec: str, size: tuple[int, int], *, hole: Tensor | None = Non
         factor = arguments.get("factor", 1)
         check_sides(size, factor)
         size = (size[0] // factor, size[1] // factor)
-    return parts[0] if len(parts) == 1 else Composition(*reversed(parts))
+    if len(parts) == 1:
+        return parts[0]
+    linear = all(isinstance(part, LinearOperator) for part in parts)
+    return Composition(*reversed(parts)) if linear else Chain(*parts)
 
 
 def size_from_y(spec: str, y_shape: Sequence[int]) -> tuple[int, int]:

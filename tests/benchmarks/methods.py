@@ -36,7 +36,7 @@ CHOSEN: dict[str, dict] = {  # options for few steps; the rest at their defaults
 INPAINTERS = ("coherent", "coherent, plan", "repaint", "rad")
 
 
-def restore(name: str, net, observation: Observation, plan: Tensor | None, steps: int, keys: list) -> tuple:
+def restore(name: str, net, observation: Observation, plan: Tensor | None, times: tuple, keys: list) -> tuple:
     """(x0, nfe) of one batch."""
     method = RESTORERS[name.split(",")[0]]
     y = observation.y
@@ -47,17 +47,17 @@ def restore(name: str, net, observation: Observation, plan: Tensor | None, steps
     sampler = method(denoiser, observation, **CHOSEN.get(name, {}))
     rng = [keyed_generator(11, *key) for key in keys]
     z = normal(torch.zeros(len(y), 3, 64, 64), rng)
-    return sample(sampler, z, sampler.times(steps), rng), sampler.nfe
+    return sample(sampler, z, sampler.times(*times), rng), sampler.nfe
 
 
 @torch.no_grad()
-def table(net, planner, x0: Tensor, holes: dict[str, Tensor | None], steps: int, out: Path, batch: int) -> None:
+def table(net, planner, x0: Tensor, holes: dict[str, Tensor | None], times: tuple, out: Path, batch: int) -> None:
     truth = (x0 + 1) / 2
     for task, hole in holes.items():
         names = [n for n in RESTORERS if hole is not None or n not in INPAINTERS]
         names = ["coherent, plan", *names] if hole is not None else names
         rows, titles = [], []
-        print(f"== {task}, {len(x0)} pictures, {steps} steps", flush=True)
+        print(f"== {task}, {len(x0)} pictures, {times[0]} steps, shift {times[1]}", flush=True)
         for name in names:
             results, begin = [], time.perf_counter()
             for first in range(0, len(x0), batch):
@@ -69,7 +69,7 @@ def table(net, planner, x0: Tensor, holes: dict[str, Tensor | None], steps: int,
                     observation = Observation(part * (1 - hole[rows_of]), Inpainting(hole[rows_of]))
                 with torch.autocast("cpu", torch.bfloat16):
                     plan = predict_plan(planner, observation.y, hole[rows_of]) if "plan" in name else None
-                    x, nfe = restore(name, net, observation, plan, steps, [(first + i,) for i in range(len(part))])
+                    x, nfe = restore(name, net, observation, plan, times, [(first + i,) for i in range(len(part))])
                 results.append(x.float())
             seconds = (time.perf_counter() - begin) / len(x0)
             x = torch.cat(results)
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--checkpoint")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--shift", type=float, default=3.0, help="of the time grid, for every method")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--out", default="runs/methods")
     parser.add_argument("--overhead", action="store_true")
@@ -140,7 +141,7 @@ def main() -> None:
     if options.overhead:
         overhead(net, x0[:8], holes["half"][:8], 30)
     else:
-        table(net, planner, x0, holes, options.steps, Path(options.out), options.batch)
+        table(net, planner, x0, holes, (options.steps, options.shift), Path(options.out), options.batch)
 
 
 if __name__ == "__main__":
