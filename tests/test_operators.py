@@ -161,6 +161,8 @@ def test_spectral_form_is_the_forward_form(make, size):
     assert torch.broadcast_shapes(S.shape, y.shape) == y.shape
     close(operator.U(S * operator.Vt(x)), y)
     close(operator.V(S * operator.Ut(c)), operator.At(c))
+    close(operator.Vt(operator.replace(x, c)), operator.Vt(operator.V(c)))
+    close(operator.replace(x, operator.Vt(x)), x)
 
 
 @every_spectral

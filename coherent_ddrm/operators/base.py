@@ -77,6 +77,10 @@ class SpectralOperator(LinearOperator):
         """(B, C, H, W) -> coordinates; 0 where S = 0."""
         return inverse(self.S.to(x.device)) * self.Ut(self.A(x))
 
+    def replace(self, x: Tensor, c: Tensor) -> Tensor:
+        """The null space of x (B, C, H, W) with the coordinates c: x - V Vᵀ x + V c."""
+        return x - self.V(self.Vt(x)) + self.V(c)
+
     def pinv(self, y: Tensor) -> Tensor:
         return self.At(self.U(inverse(self.S.to(y.device)) ** 2 * self.Ut(y)))
 

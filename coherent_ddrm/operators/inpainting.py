@@ -32,3 +32,5 @@ class Inpainting(SpectralOperator):
     def project(self, x: Tensor, y: Tensor) -> Tensor:
         """Written as a selection: a sum would round, and known pixels are promised to the bit."""
         return torch.where(self.hole.to(x.device), x, y)
+
+    replace = project

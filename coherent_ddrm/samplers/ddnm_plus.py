@@ -49,6 +49,7 @@ class DDNMPlus(Restorer):
         self.eta, self.length, self.repeats, self.renoise = eta, length, repeats, renoise
         self.S = self.operator.S.to(self.y.device)
         self.y_bar = inverse(self.S) * self.operator.Ut(self.y)
+        self.error = self.sigma_y * inverse(self.S)  # standard deviation of ȳ, 0 where nothing was measured
         self.x0_hat: Tensor | None = None
 
     def times(self, steps: int, shift: float = 1.0) -> list[float]:
@@ -60,17 +61,17 @@ class DDNMPlus(Restorer):
         V, Vt, carried = self.operator.V, self.operator.Vt, (1 - self.eta**2) ** 0.5
         x0_t, z = self.predict(x_t, t), normal(x_t, rng)
         eps = eps_from_x0(x_t, x0_t, alpha_t, sigma_t)
-        precise = sigma_s * self.S >= alpha_s * self.sigma_y
         if self.sigma_y == 0:
-            self.x0_hat = self.operator.project(x0_t, self.y)
+            self.x0_hat, level = self.operator.project(x0_t, self.y), sigma_s
         else:
+            precise = sigma_s * self.S >= alpha_s * self.sigma_y
             share = sigma_s * self.S * carried / (alpha_s * self.sigma_y)
             trust = torch.where(precise, torch.ones_like(share), share)
             self.x0_hat = x0_t - V(trust * (Vt(x0_t) - self.y_bar))
+            spread = (sigma_s**2 - (alpha_s * self.error) ** 2).clamp(min=0).sqrt()
+            level = torch.where(precise, spread, self.eta * sigma_s)
         free = sigma_s * (self.eta * z + carried * eps)
-        spread = (sigma_s**2 - (alpha_s * self.sigma_y * inverse(self.S)) ** 2).clamp(min=0).sqrt()
-        measured = torch.where(precise, spread, self.eta * sigma_s) * Vt(z)
-        return alpha_s * self.x0_hat + free - V(Vt(free)) + V(measured)
+        return alpha_s * self.x0_hat + self.operator.replace(free, level * Vt(z))
 
     def travel(self, x_t: Tensor, t: float, s: float, rng: Rng) -> Tensor:
         if self.renoise == "chain":

@@ -46,7 +46,7 @@ class DDRM(Restorer):
         measured = (self.S * sigma_t > alpha_t * self.sigma_y) & (self.S > 0)
         spread = (sigma_t**2 - (alpha_t * self.error) ** 2).clamp(min=0).sqrt()
         informed = alpha_t * self.y_bar + spread * self.operator.Vt(z)
-        return self._replace(sigma_t * z, torch.where(measured, informed, sigma_t * self.operator.Vt(z)))
+        return self.operator.replace(sigma_t * z, torch.where(measured, informed, sigma_t * self.operator.Vt(z)))
 
     def step(self, x_t: Tensor, t: float, s: float, rng: Rng) -> Tensor:
         alpha_t, sigma_t = self.alpha_sigma(t, x_t)
@@ -59,12 +59,7 @@ class DDRM(Restorer):
         spread = (sigma_s**2 - (alpha_s * self.eta_b * self.error) ** 2).clamp(min=0).sqrt()
         precise = alpha_s * ((1 - self.eta_b) * x0_bar + self.eta_b * self.y_bar) + spread * z_bar
         if self.sigma_y == 0:
-            return self._replace(free, precise)
+            return self.operator.replace(free, precise)
         residual = self.S * (self.y_bar - x0_bar) / self.sigma_y
         rough = alpha_s * x0_bar + sigma_s * (carried * residual + self.eta * z_bar)
-        return self._replace(free, torch.where(sigma_s * self.S >= alpha_s * self.sigma_y, precise, rough))
-
-    def _replace(self, x: Tensor, coordinates: Tensor) -> Tensor:
-        """The null space of x with these coordinates."""
-        operator = self.operator
-        return x - operator.V(operator.Vt(x)) + operator.V(coordinates)
+        return self.operator.replace(free, torch.where(sigma_s * self.S >= alpha_s * self.sigma_y, precise, rough))

@@ -139,7 +139,7 @@ def main() -> None:
     make = lambda kind: torch.cat([torch.from_numpy(make_holes(kind, 1, 64, 64, seed=(1, int(i)))) for i in ids])  # noqa: E731
     holes = {"half": make("half").float(), "thick": make("lama-thick").float(), "sr4": None}
     if options.overhead:
-        overhead(net, x0[:8], holes["half"][:8], 30)
+        overhead(net, x0[:8], holes["half"][:8], 100)
     else:
         table(net, planner, x0, holes, (options.steps, options.shift), Path(options.out), options.batch)
 
