@@ -5,6 +5,8 @@ what ran before; so a resumed run, on any number of machines, goes on with exact
 """
 
 import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +18,17 @@ from coherent_ddrm.data_cache import DecodedCache
 from coherent_ddrm.dataset import Batch, Sample, ShardDataset
 from coherent_ddrm.shards import DataError
 
-__all__ = ["Batch", "DataError", "DecodedCache", "Sample", "ShardDataset", "batches", "ids_for_step", "open_dataset"]
+__all__ = [
+    "Batch",
+    "DataError",
+    "DecodedCache",
+    "Sample",
+    "ShardDataset",
+    "Tolerant",
+    "batches",
+    "ids_for_step",
+    "open_dataset",
+]
 
 CACHE_BELOW = 128  # pixels; larger pictures cost more disk than decoding costs time
 
@@ -58,8 +70,57 @@ def ids_for_step(step: int, global_batch: int, length: int, seed: int) -> np.nda
     return np.concatenate(parts)
 
 
+class Tolerant:
+    """A dataset whose damaged samples are left out: each counted, named on stderr, and replaced by the next whole one.
+
+    Which sample takes its place is a function of the data alone, so resumed runs and other numbers of processes see the
+    same. Each process counts what it meets.
+
+    Args:
+        limit: share of the samples that may be damaged; one more raises DataError.
+    """
+
+    def __init__(self, source: ShardDataset | DecodedCache, limit: float):
+        self.source, self.limit = source, limit
+        self.damaged: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, ids: np.ndarray) -> Batch:
+        """As ShardDataset.batch()."""
+        try:
+            return self.source.batch(ids)
+        except DataError:
+            one_by_one = [self._whole(int(i)) for i in ids]
+        stacked: Batch = {k: np.concatenate([one[k] for one in one_by_one]) for k in one_by_one[0] if k != "key"}
+        return stacked | {"key": [key for one in one_by_one for key in one["key"]]}
+
+    def _whole(self, i: int) -> Batch:
+        """Sample i, or the next that can be read."""
+        for place in range(i, i + len(self)):
+            try:
+                return self.source.batch(np.array([place % len(self)]))
+            except DataError as error:
+                self._note(place % len(self), str(error))
+        raise DataError("no sample can be read")
+
+    def _note(self, i: int, why: str) -> None:
+        with self._lock:
+            if i in self.damaged:
+                return
+            self.damaged[i] = why
+            print(f"warning: left out: {why}", file=sys.stderr)
+            if len(self.damaged) > self.limit * len(self):
+                raise DataError(
+                    f"{len(self.damaged)} of {len(self)} samples are damaged, more than data.damaged {self.limit:g} "
+                    f"allows; the last: {why}"
+                )
+
+
 def batches(
-    source: ShardDataset | DecodedCache,
+    source: ShardDataset | DecodedCache | Tolerant,
     global_batch: int,
     seed: int,
     start_step: int = 0,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from coherent_ddrm.dataset import Batch, ShardDataset
-from coherent_ddrm.shards import DataError, temporary_name, write_json
+from coherent_ddrm.shards import DataError, read_json, temporary_name, write_json
 
 AT_ONCE = 64  # samples a thread decodes at a time
 
@@ -33,6 +33,7 @@ class DecodedCache:
         if not self._path("json").exists():
             self._make()
         self._arrays = {name: self._load(name) for name in self.ARRAYS}
+        self._damaged = {int(i): why for i, why in read_json(self._path("json")).get("damaged", {}).items()}
 
     def __reduce__(self) -> tuple:
         return DecodedCache, (self.dataset, self.folder)
@@ -41,8 +42,12 @@ class DecodedCache:
         return len(self.dataset)
 
     def batch(self, ids: np.ndarray) -> Batch:
-        """As ShardDataset.batch()."""
+        """As ShardDataset.batch(); a sample that could not be decoded is refused here, not when the cache is made."""
         ids = np.asarray(ids)
+        if self._damaged:
+            for i in ids:
+                if int(i) in self._damaged:
+                    raise DataError(self._damaged[int(i)])
         batch: Batch = {name: self._arrays[name][ids] for name in self.ARRAYS}
         batch["key"] = [self.dataset.key(int(i)) for i in ids]
         return batch
@@ -97,17 +102,25 @@ class DecodedCache:
         }
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             starts = range(0, len(self.dataset), AT_ONCE)
-            list(pool.map(lambda start: self._fill(arrays, start), starts))  # list: raises what a thread raised
+            faults = list(pool.map(lambda start: self._fill(arrays, start), starts))
         for name, path in hidden.items():
             arrays[name].flush()
             os.replace(path, self._path(name))
-        write_json(self._path("json"), {"dataset_hash": self.dataset_hash, "samples": len(self.dataset)})
+        facts = {"dataset_hash": self.dataset_hash, "samples": len(self.dataset)}
+        write_json(self._path("json"), facts | {"damaged": {str(i): why for part in faults for i, why in part.items()}})
 
-    def _fill(self, arrays: dict[str, np.ndarray], start: int) -> None:
-        ids = np.arange(start, min(start + AT_ONCE, len(self.dataset)))
-        batch = self.dataset.batch(ids)
-        for name in self.ARRAYS:
-            arrays[name][start : start + len(ids)] = batch[name]
+    def _fill(self, arrays: dict[str, np.ndarray], start: int) -> dict[int, str]:
+        """Decode AT_ONCE samples. Those that cannot be stay 0 and are returned, with the reason."""
+        faults: dict[int, str] = {}
+        for i in range(start, min(start + AT_ONCE, len(self.dataset))):
+            try:
+                batch = self.dataset.batch(np.array([i]))
+            except DataError as error:
+                faults[i] = str(error)
+                continue
+            for name in self.ARRAYS:
+                arrays[name][i] = batch[name][0]
+        return faults
 
 
 def _dtype(name: str) -> type:

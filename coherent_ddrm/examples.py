@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,11 @@ class Examples:
     def to(self, device: torch.device) -> Examples:
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return Examples(**{**vars(self), **moved})
+
+
+def example_settings(run: Any) -> dict[str, Any]:
+    """What a run's config says of its examples, as keywords of `make_examples`."""
+    return dict(holes=run.data.holes, seed=run.seed, global_batch=run.optim.batch, flip=run.data.flip)
 
 
 def make_examples(

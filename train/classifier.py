@@ -14,31 +14,20 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from coherent_ddrm.classifier import Classifier, make_classifier
 from coherent_ddrm.config import ClassifierRun, ConfigError, optimizer_options, parse_run
-from coherent_ddrm.data import DecodedCache, ShardDataset, batches, open_dataset
-from coherent_ddrm.examples import Examples, make_examples
+from coherent_ddrm.data import DecodedCache, ShardDataset, open_dataset
+from coherent_ddrm.examples import Examples, example_settings, make_examples
 from coherent_ddrm.images import to_tensor, to_uint8
+from coherent_ddrm.launch import check_run, make_accelerator, readable_errors, start_from
 from coherent_ddrm.learner import Learner
 from coherent_ddrm.rng import normal
 from coherent_ddrm.schedule import VPCosine, add_noise
 from coherent_ddrm.sheets import contact_sheet
-from coherent_ddrm.training import (
-    Log,
-    RunFolder,
-    check_finite,
-    check_run,
-    describe,
-    make_accelerator,
-    passes,
-    per_pass,
-    prepare,
-    readable_errors,
-    report,
-    start_from,
-)
+from coherent_ddrm.training import Task, fit
 
 NO_CLASS = -1  # class_id of a sample without one
 
@@ -104,6 +93,8 @@ def shown(examples: Examples, erased: float, softened: float, timed: bool) -> tu
 class Validation:
     """All labelled pictures of the validation shards, whole and with half of them white."""
 
+    best = "-val_accuracy"
+
     def __init__(self, source: ShardDataset | DecodedCache, device: torch.device):
         batch = source.batch(np.arange(len(source)))
         labelled = batch["class_id"] != NO_CLASS
@@ -157,63 +148,32 @@ def make_net(run: ClassifierRun, class_names: list[str]) -> Classifier:
         raise ConfigError(f"model.network: {error}") from None
 
 
+class ClassifierTask(Task):
+    """A classifier of pictures, erased, softened or noisy as guidance will show them."""
+
+    def __init__(self, run: ClassifierRun, source: ShardDataset | DecodedCache, accelerator: Accelerator):
+        net = start_from(make_net(run, source.class_names), run.init).to(accelerator.device)
+        learner = Learner(net, **optimizer_options(run))
+        super().__init__({"classifier": learner}, [Objective(net, run.objective.smoothing)], accelerator)
+        self.erased, self.softened, self.timed = run.objective.erased, run.objective.softened, run.model.timed
+        self.settings = example_settings(run)
+
+    def loss_of(self, part: dict, step: int, places: Sequence[int]) -> Tensor:
+        device = self.accelerator.device
+        examples = make_examples(part, step=step, places=places, **self.settings).to(device)
+        x, t = shown(examples, self.erased, self.softened, self.timed)
+        labels = torch.from_numpy(part["class_id"]).to(device)
+        with self.accelerator.autocast():
+            return self.objectives[0](x.contiguous(memory_format=torch.channels_last), labels, t).mean()
+
+
 def train(run: ClassifierRun, dry_run: bool) -> None:
     accelerator = make_accelerator(run.optim.precision, run.optim.accumulate)
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     torch.manual_seed(run.seed)  # initial weights; nothing after this draws from ambient state
     source = open_dataset(run.data.train)
     check_run(run, source)
-    net = start_from(make_net(run, source.class_names), run.init).to(device)
-    folder, learner = RunFolder(run.out, run), Learner(net, **optimizer_options(run))
-    start = folder.resume(learner)
-    share = per_pass(run.optim.batch, world, run.optim.accumulate)
-    objective = Objective(net, run.objective.smoothing)
-    settings = dict(holes=run.data.holes, seed=run.seed, global_batch=run.optim.batch, flip=run.data.flip)
-
-    def loss_of(part: dict, step: int, places: Sequence[int]) -> Tensor:
-        """The loss of some samples of the global batch of `step`."""
-        examples = make_examples(part, step=step, places=places, **settings).to(device)
-        x, t = shown(examples, run.objective.erased, run.objective.softened, run.model.timed)
-        labels = torch.from_numpy(part["class_id"]).to(device)
-        with accelerator.autocast():
-            return objective(x.contiguous(memory_format=torch.channels_last), labels, t).mean()
-
-    if accelerator.is_main_process:
-        print(describe(net, source, run, start, world, share, loss_of))
-    if dry_run:
-        return
-    validation = Validation(open_dataset(run.data.val), device)
-    if run.optim.compile:
-        objective.compile()
-    objective, optimizers = prepare(accelerator, objective, learner)
-    log = Log(folder, run.optim.steps, start, run.optim.batch, accelerator.is_main_process)
-    for step, batch in batches(source, run.optim.batch, run.seed, start, rank, world, run.data.workers):
-        if step >= run.optim.steps:
-            break
-        learner.set_rate(step)
-        for part, places in passes(batch, share, rank, world):
-            with accelerator.accumulate(objective):
-                loss = loss_of(part, step, places)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(objective.parameters(), run.optim.clip)
-                    check_finite(float(norm + loss.detach()), step, batch["key"])
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-            log.add(loss.detach())
-        learner.average(step)
-
-        done = step + 1
-        if done % run.log.every == 0:
-            log.write(accelerator, done, rate=learner.rate, grad_norm=float(norm))
-        if accelerator.is_main_process:
-            report(folder, done, learner, validation, log)
-    accelerator.wait_for_everyone()
-    log.close()
-    if accelerator.is_main_process:
-        learner.averaged().save_pretrained(folder.folder / "export")
-    accelerator.end_training()
+    task = ClassifierTask(run, source, accelerator)
+    fit(run, task, source, lambda: Validation(open_dataset(run.data.val), accelerator.device), dry_run)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from coherent_ddrm.config import DiffusionRun, optimizer_options, parse_run
-from coherent_ddrm.data import batches, open_dataset
-from coherent_ddrm.examples import Examples, draw_times, make_examples
+from coherent_ddrm.data import DecodedCache, ShardDataset, open_dataset
+from coherent_ddrm.examples import Examples, draw_times, example_settings, make_examples
 from coherent_ddrm.images import to_uint8
+from coherent_ddrm.launch import check_run, make_accelerator, readable_errors, start_from
 from coherent_ddrm.learner import Learner
 from coherent_ddrm.losses import diffusion_loss, hole_mean, v_weight
 from coherent_ddrm.models.dit import DiT, InContext, make_dit
@@ -28,20 +30,7 @@ from coherent_ddrm.rng import keyed_generator, normal
 from coherent_ddrm.samplers import Coherent, sample
 from coherent_ddrm.schedule import add_noise, expand, time_grid
 from coherent_ddrm.sheets import contact_sheet, plan_preview
-from coherent_ddrm.training import (
-    Log,
-    RunFolder,
-    check_finite,
-    check_run,
-    describe,
-    make_accelerator,
-    passes,
-    per_pass,
-    prepare,
-    readable_errors,
-    report,
-    start_from,
-)
+from coherent_ddrm.training import Task, fit
 from coherent_ddrm.validation import FixedSet, fixed_set
 
 VALIDATION_TIMES = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -96,6 +85,8 @@ def make_plan(
 class Validation:
     """Scores and sheets on fixed pictures, with the predictor's plan where there is one, else the true one."""
 
+    best = "val_loss"
+
     def __init__(self, data: FixedSet, num_labels: int, predictor: StructurePredictor | None):
         self.data, self.plan = data, None
         if num_labels:
@@ -144,74 +135,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(run, invocation.dry_run)
 
 
+class DiffusionTask(Task):
+    """Stage two: the transformer learns to denoise the hole, given the known pixels and a plan."""
+
+    def __init__(self, run: DiffusionRun, source: ShardDataset | DecodedCache, accelerator: Accelerator):
+        self.num_labels = source.num_labels if run.objective.structure else 0
+        self.predictor = load_predictor(run.objective.predictor if self.num_labels else None, accelerator.device)
+        check_run(run, source, self.predictor)
+        channels = 1 + self.num_labels if self.num_labels else 0
+        net = make_dit(**asdict(run.model), structure_channels=channels).to(accelerator.device)
+        learner = Learner(start_from(net, run.init), **optimizer_options(run))
+        super().__init__({"transformer": learner}, [Objective(net, run.objective.draws)], accelerator)
+        self.objective = run.objective
+        self.settings = example_settings(run) | dict(prior=run.objective.prior, draws=run.objective.draws)
+
+    def loss_of(self, part: dict, step: int, places: Sequence[int]) -> Tensor:
+        wanted = self.objective
+        examples = make_examples(part, step=step, places=places, **self.settings).to(self.accelerator.device)
+        t = draw_times(examples, wanted.time_mean, wanted.time_std, wanted.pure_noise)
+        z = examples.noise(wanted.draws)
+        with self.accelerator.autocast():
+            plan, none = make_plan(examples, self.predictor, self.num_labels, wanted.predicted, wanted.drop_structure)
+            return self.objectives[0](examples.x0, examples.hole, t, z, plan, none).mean()
+
+
 def train(run: DiffusionRun, dry_run: bool) -> None:
     accelerator = make_accelerator(run.optim.precision, run.optim.accumulate)
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     torch.manual_seed(run.seed)  # initial weights; nothing after this draws from ambient state
     source = open_dataset(run.data.train)
-    labels = source.num_labels if run.objective.structure else 0
-    predictor = load_predictor(run.objective.predictor if labels else None, device)
-    check_run(run, source, predictor)
-    net = make_dit(**asdict(run.model), structure_channels=1 + labels if labels else 0).to(device)
-    net = start_from(net, run.init)
-    folder, learner = RunFolder(run.out, run), Learner(net, **optimizer_options(run))
-    start = folder.resume(learner)
-    share = per_pass(run.optim.batch, world, run.optim.accumulate)
-    objective = Objective(net, run.objective.draws)
-    times = (run.objective.time_mean, run.objective.time_std, run.objective.pure_noise)
-    settings = dict(
-        holes=run.data.holes,
-        seed=run.seed,
-        global_batch=run.optim.batch,
-        flip=run.data.flip,
-        prior=run.objective.prior,
-        draws=run.objective.draws,
-    )
-
-    def loss_of(part: dict, step: int, places: Sequence[int]) -> Tensor:
-        """The loss of some samples of the global batch of `step`."""
-        examples = make_examples(part, step=step, places=places, **settings).to(device)
-        t, z = draw_times(examples, *times), examples.noise(run.objective.draws)
-        with accelerator.autocast():
-            plan, none = make_plan(examples, predictor, labels, run.objective.predicted, run.objective.drop_structure)
-            return objective(examples.x0, examples.hole, t, z, plan, none).mean()
-
-    if accelerator.is_main_process:
-        print(describe(net, source, run, start, world, share, loss_of))
-    if dry_run:
-        return
-    validation = Validation(fixed_set(run.data.val, device), labels, predictor)
-    if run.optim.compile:
-        objective.compile()
-    objective, optimizers = prepare(accelerator, objective, learner)
-    log = Log(folder, run.optim.steps, start, run.optim.batch, accelerator.is_main_process)
-    for step, batch in batches(source, run.optim.batch, run.seed, start, rank, world, run.data.workers):
-        if step >= run.optim.steps:
-            break
-        learner.set_rate(step)
-        for part, places in passes(batch, share, rank, world):
-            with accelerator.accumulate(objective):
-                loss = loss_of(part, step, places)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(objective.parameters(), run.optim.clip)
-                    check_finite(float(norm + loss.detach()), step, batch["key"])
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-            log.add(loss.detach())
-        learner.average(step)
-
-        done = step + 1
-        if done % run.log.every == 0:
-            log.write(accelerator, done, rate=learner.rate, grad_norm=float(norm))
-        if accelerator.is_main_process:
-            report(folder, done, learner, validation, log)
-    accelerator.wait_for_everyone()
-    log.close()
-    if accelerator.is_main_process:
-        learner.averaged().save_pretrained(folder.folder / "export")
-    accelerator.end_training()
+    task = DiffusionTask(run, source, accelerator)
+    data = lambda: fixed_set(run.data.val, accelerator.device)  # noqa: E731
+    fit(run, task, source, lambda: Validation(data(), task.num_labels, task.predictor), dry_run)
 
 
 if __name__ == "__main__":

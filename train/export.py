@@ -8,18 +8,17 @@ Newest saved weights of each run are taken, averaged; a finished run is not need
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import yaml
-from safetensors.torch import load_file
 
 from coherent_ddrm.config import ConfigError, DiffusionRun, StructureRun, check_config
 from coherent_ddrm.data import open_dataset
+from coherent_ddrm.launch import readable_errors
 from coherent_ddrm.models.dit import make_dit
 from coherent_ddrm.models.structure import StructurePredictor
 from coherent_ddrm.pipeline import CoherentInpaintPipeline
-from coherent_ddrm.training import RunFolder, readable_errors
+from coherent_ddrm.run_folder import newest_weights
 
 
 def averaged_weights(run: Path, kind: type) -> tuple[object, dict, int]:
@@ -28,10 +27,8 @@ def averaged_weights(run: Path, kind: type) -> tuple[object, dict, int]:
         config = check_config(kind, yaml.safe_load((run / "config.yaml").read_text()), str(run / "config.yaml"))
     except OSError as error:
         raise ConfigError(f"{run}: no run of train/ ({error.strerror})") from None
-    saved = RunFolder(str(run), config).saved()
-    if not saved:
-        raise ConfigError(f"{run}: no checkpoint saved yet")
-    return config, load_file(saved[-1] / "ema.safetensors"), json.loads((saved[-1] / "state.json").read_text())["step"]
+    (weights,), step = newest_weights(run)
+    return config, weights, step
 
 
 def main() -> None:

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from coherent_ddrm.data import batches, open_dataset
 from coherent_ddrm.images import to_tensor
+from coherent_ddrm.keeper import NonFinite
+from coherent_ddrm.launch import readable_errors
 from coherent_ddrm.learner import Learner
 from coherent_ddrm.rng import keyed_generator, normal
-from coherent_ddrm.training import check_finite, readable_errors
 
 
 def make_unet(size: int, channels: int) -> UNet2DModel:
@@ -82,7 +83,8 @@ def train(run: argparse.Namespace) -> None:
             loss = (weight[timestep, None, None, None] * (eps.float() - z) ** 2).mean()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            check_finite(float(norm + loss.detach()), step, batch["key"])
+            if not bool((norm + loss.detach()).isfinite()):
+                raise NonFinite(f"loss or gradient is not finite at step {step}; lower --lr, now {run.lr:g}")
             learner.optimizers[0].step()
             learner.optimizers[0].zero_grad()
             learner.average(step)

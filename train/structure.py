@@ -13,12 +13,14 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from coherent_ddrm.config import StructureRun, optimizer_options, parse_run
-from coherent_ddrm.data import batches, open_dataset
-from coherent_ddrm.examples import make_examples
+from coherent_ddrm.data import DecodedCache, ShardDataset, open_dataset
+from coherent_ddrm.examples import example_settings, make_examples
 from coherent_ddrm.images import to_uint8
+from coherent_ddrm.launch import check_run, make_accelerator, readable_errors, start_from
 from coherent_ddrm.learner import Learner
 from coherent_ddrm.models.structure import StructurePredictor, decode_structure, encode_structure, predict_plan
 from coherent_ddrm.rng import keyed_generator, normal
@@ -35,20 +37,7 @@ from coherent_ddrm.structure_losses import (
     segmentation_counts,
     segmentation_loss,
 )
-from coherent_ddrm.training import (
-    Log,
-    RunFolder,
-    check_finite,
-    check_run,
-    describe,
-    make_accelerator,
-    passes,
-    per_pass,
-    prepare,
-    readable_errors,
-    report,
-    start_from,
-)
+from coherent_ddrm.training import Task, fit
 from coherent_ddrm.validation import FixedSet, fixed_set
 
 
@@ -76,6 +65,8 @@ def structure_time(u: Tensor, coin: Tensor, pure_noise: float) -> Tensor:
 
 class Validation:
     """The mean plan against the truth on hidden pixels of fixed pictures."""
+
+    best = "-val_edge_f1"
 
     def __init__(self, data: FixedSet, num_labels: int):
         self.data, self.num_labels = data, num_labels
@@ -117,66 +108,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(run, invocation.dry_run)
 
 
+class StructureTask(Task):
+    """Stage one: the predictor learns to denoise plans, given the picture around the hole."""
+
+    def __init__(self, run: StructureRun, source: ShardDataset | DecodedCache, accelerator: Accelerator):
+        net = StructurePredictor(num_labels=source.num_labels, **asdict(run.model)).to(accelerator.device)
+        learner, weights = Learner(start_from(net, run.init), **optimizer_options(run)), run.objective
+        objective = Objective(net, weights.edges, weights.segmentation, weights.known_weight)
+        super().__init__({"structure": learner}, [objective], accelerator)
+        self.num_labels, self.pure_noise = source.num_labels, run.objective.pure_noise
+        self.settings = example_settings(run)
+
+    def loss_of(self, part: dict, step: int, places: Sequence[int]) -> Tensor:
+        examples = make_examples(part, step=step, places=places, **self.settings).to(self.accelerator.device)
+        t = structure_time(examples.u[:, 0], examples.pure[:, 0], self.pure_noise)
+        s0 = encode_structure(examples.edges, examples.segmentation, self.num_labels)
+        s_t = add_noise(self.main.net.schedule, s0, t, normal(s0, examples.rng))
+        with self.accelerator.autocast():
+            loss = self.objectives[0](s_t, t, examples.x0, examples.hole, examples.edges, examples.segmentation)
+        return loss.mean()
+
+
 def train(run: StructureRun, dry_run: bool) -> None:
     accelerator = make_accelerator(run.optim.precision, run.optim.accumulate)
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     torch.manual_seed(run.seed)  # initial weights; nothing after this draws from ambient state
     source = open_dataset(run.data.train)
     check_run(run, source)
-    net = StructurePredictor(num_labels=source.num_labels, **asdict(run.model)).to(device)
-    net = start_from(net, run.init)
-    folder, learner = RunFolder(run.out, run), Learner(net, **optimizer_options(run))
-    start = folder.resume(learner)
-    share = per_pass(run.optim.batch, world, run.optim.accumulate)
-    weights = run.objective
-    objective = Objective(net, weights.edges, weights.segmentation, weights.known_weight)
-    settings = dict(holes=run.data.holes, seed=run.seed, global_batch=run.optim.batch, flip=run.data.flip)
-
-    def loss_of(part: dict, step: int, places: Sequence[int]) -> Tensor:
-        """The loss of some samples of the global batch of `step`."""
-        examples = make_examples(part, step=step, places=places, **settings).to(device)
-        t = structure_time(examples.u[:, 0], examples.pure[:, 0], run.objective.pure_noise)
-        s0 = encode_structure(examples.edges, examples.segmentation, source.num_labels)
-        s_t = add_noise(net.schedule, s0, t, normal(s0, examples.rng))
-        with accelerator.autocast():
-            return objective(s_t, t, examples.x0, examples.hole, examples.edges, examples.segmentation).mean()
-
-    if accelerator.is_main_process:
-        print(describe(net, source, run, start, world, share, loss_of))
-    if dry_run:
-        return
-    validation = Validation(fixed_set(run.data.val, device), source.num_labels)
-    if run.optim.compile:
-        objective.compile()
-    objective, optimizers = prepare(accelerator, objective, learner)
-    log = Log(folder, run.optim.steps, start, run.optim.batch, accelerator.is_main_process)
-    for step, batch in batches(source, run.optim.batch, run.seed, start, rank, world, run.data.workers):
-        if step >= run.optim.steps:
-            break
-        learner.set_rate(step)
-        for part, places in passes(batch, share, rank, world):
-            with accelerator.accumulate(objective):
-                loss = loss_of(part, step, places)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(objective.parameters(), run.optim.clip)
-                    check_finite(float(norm + loss.detach()), step, batch["key"])
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-            log.add(loss.detach())
-        learner.average(step)
-
-        done = step + 1
-        if done % run.log.every == 0:
-            log.write(accelerator, done, rate=learner.rate, grad_norm=float(norm))
-        if accelerator.is_main_process:
-            report(folder, done, learner, validation, log)
-    accelerator.wait_for_everyone()
-    log.close()
-    if accelerator.is_main_process:
-        learner.averaged().save_pretrained(folder.folder / "export")
-    accelerator.end_training()
+    task = StructureTask(run, source, accelerator)
+    fit(run, task, source, lambda: Validation(fixed_set(run.data.val, accelerator.device), task.num_labels), dry_run)
 
 
 if __name__ == "__main__":
