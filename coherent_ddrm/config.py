@@ -42,6 +42,8 @@ class DataConfig:
     """Maker of training holes, a name of masks.MAKERS."""
     flip: bool = True
     """Mirror half of the pictures."""
+    damaged: Share = 0.001
+    """Share of the pictures that may be damaged; they are named and left out. One more stops the run."""
     workers: int = 0
     """Threads that read ahead; at 64 px the memory-mapped cache is faster without."""
 
