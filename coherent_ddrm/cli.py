@@ -10,6 +10,7 @@ import argparse
 import secrets
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +86,9 @@ def _add_inpaint(verbs: Any) -> None:
         "--structure-steps", type=positive, default=1, metavar="N", help="above 1: one plan per candidate"
     )
     verb.add_argument(
+        "--structure-scale", type=float, default=1.0, metavar="S", help="above 1: follow the plan more (default 1)"
+    )
+    verb.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help="results computed together (default 8)"
     )
     verb.add_argument(
@@ -122,6 +126,8 @@ def _add_restore(verbs: Any) -> None:
     )
     verb.add_argument("--guidance-scale", type=float, default=20.0, metavar="S", help="strength of --show (default 20)")
     verb.add_argument("--class-label", type=natural, metavar="N", help="for a prior that has classes")
+    verb.add_argument("--class-scale", type=float, default=1.0, metavar="S", help="classifier-free guidance on it")
+    verb.add_argument("--null-label", type=natural, metavar="N", help="the label for any class, for --class-scale")
     verb.add_argument("--candidates", type=positive, default=1, metavar="K", help="results per picture")
     verb.add_argument("--steps", type=positive, metavar="N", help="default: the method's")
     verb.add_argument(
@@ -216,7 +222,7 @@ def restore(args: argparse.Namespace) -> int:
     todo = restore_jobs.list_jobs(args)
     if bool(args.show) != bool(args.classifier):
         raise UserError("--show CLASS and --classifier go together; give both or neither")
-    guidance: dict[str, Any] = {"show": restore_jobs.read_show(args.show)}
+    options["show"] = restore_jobs.read_show(args.show)
     args.prior = str(args.prior or default_checkpoint())
     args.seed = secrets.randbits(31) if args.seed is None else args.seed
     from coherent_ddrm.restoration import RestorationPipeline
@@ -227,11 +233,17 @@ def restore(args: argparse.Namespace) -> int:
     if args.classifier:
         from coherent_ddrm.classifier import load_classifier
 
-        guidance["classifier"] = load_classifier(args.classifier, device)
+        options["classifier"] = load_classifier(args.classifier, device)
+    with warnings.catch_warnings(record=True) as told:
+        for job in todo:
+            restore_jobs.restore(job, pipe, args, options, check_only=True)
+    for line in dict.fromkeys(str(one.message) for one in told if one.category is UserWarning):
+        print(f"warning: {line}", file=sys.stderr)
     start, nfe = time.perf_counter(), 0
-    with memory_limits():
+    with memory_limits("--candidates"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said already
         for job in tqdm(todo, desc="pictures", unit="picture", disable=len(todo) == 1):
-            nfe = max(nfe, restore_jobs.run(job, pipe, args, options, guidance).nfe)
+            nfe = max(nfe, restore_jobs.run(job, pipe, args, options).nfe)
     where = str(todo[0].output) if len(todo) == 1 else f"{len(todo)} pictures in {args.output}"
     print(f"{where}: {time.perf_counter() - start:.2f} seconds, nfe {nfe}, seed {args.seed}")
     return 0
@@ -268,14 +280,14 @@ def check_common(args: argparse.Namespace) -> Facts:
 
 
 @contextmanager
-def memory_limits() -> Iterator[None]:
+def memory_limits(flags: str = "--batch-size or --candidates") -> Iterator[None]:
     """Turns a full accelerator into advice."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError("the device ran out of memory; lower --batch-size or --candidates") from error
+        raise UserError(f"the device ran out of memory; lower {flags}") from error
 
 
 def load_pipeline(args: argparse.Namespace) -> CoherentInpaintPipeline:

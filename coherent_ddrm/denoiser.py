@@ -30,6 +30,11 @@ def takes_pixel_times(denoiser: Denoiser) -> bool:
     return getattr(denoiser, "per_pixel_time", False)
 
 
+def evaluations(denoiser: Denoiser) -> int:
+    """Of a network, in one call."""
+    return getattr(denoiser, "evaluations", 1)
+
+
 @dataclass
 class Bound:
     """A denoiser with its condition filled in: the (x_t, t) -> x0_hat that samplers take."""
@@ -92,6 +97,7 @@ class DiscreteDenoiser:
         timestep_scale: the network is told so many times the timestep.
         resolution, channels, labels: side it was trained at (None = unknown or any), C, number of classes (0 = none).
         shift: of the time grid that suits it, see schedule.time_grid.
+        multiple: what sides of pictures must be a multiple of.
     """
 
     net: Callable[..., Any]
@@ -103,6 +109,7 @@ class DiscreteDenoiser:
     channels: int = 3
     labels: int = 0
     shift: float = 1.0
+    multiple: int = 1
     per_pixel_time = False
 
     def __post_init__(self) -> None:

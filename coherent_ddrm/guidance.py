@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from coherent_ddrm.denoiser import Bound, Denoiser, takes_pixel_times
+from coherent_ddrm.denoiser import Bound, Denoiser, evaluations, takes_pixel_times
 from coherent_ddrm.models.dit import DiT, InContext
 from coherent_ddrm.operators.transforms import dct, idct
 from coherent_ddrm.schedule import Schedule, expand
@@ -43,6 +43,10 @@ class ClassifierFree:
     @property
     def per_pixel_time(self) -> bool:
         return takes_pixel_times(self.conditional) and takes_pixel_times(self.unconditional)
+
+    @property
+    def evaluations(self) -> int:
+        return 1 if self.scale in (0, 1) else 2
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         if self.scale == 1:
@@ -132,6 +136,10 @@ class ClassifierGuided:
     @property
     def per_pixel_time(self) -> bool:
         return takes_pixel_times(self.denoiser)
+
+    @property
+    def evaluations(self) -> int:
+        return evaluations(self.denoiser)
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         x0_hat = self.denoiser(x_t, t)

@@ -199,6 +199,7 @@ def run(jobs: list[Job], pipe: CoherentInpaintPipeline, args: Namespace, bar: An
             candidates=args.candidates,
             structure=given if any(one is not None for one in given) else None,
             structure_steps=args.structure_steps,
+            structure_scale=args.structure_scale,
             resample=args.resample,
             sampler=args.sampler,
             callback_on_step_end=lambda *_: bar.update(),

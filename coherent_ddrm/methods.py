@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 
+from coherent_ddrm import priors
 from coherent_ddrm.operators import OPERATORS, Inpainting, LinearOperator, Observation, Operator, SpectralOperator
 from coherent_ddrm.samplers import PLAIN, RESTORERS, Restorer, Sampler
 from coherent_ddrm.schedule import Flow
@@ -71,15 +72,16 @@ def listing() -> str:
     lines += [
         "",
         "priors: our checkpoint; a folder or Hub name with a diffusers UNet2DModel; a guided-diffusion checkpoint in",
-    ]
-    lines += [
-        "safetensors. coherent needs ours, rad one that takes a time per pixel, as ours does. More: docs/methods.md"
+        "safetensors. Update rules, papers, defaults: docs/methods.md",
     ]
     return "\n".join(lines)
 
 
 def _line(name: str, method: type[Sampler]) -> str:
-    need = f"; needs {NEEDS[method.needs].split(';')[0]}" if issubclass(method, Restorer) else ""
+    need = ""
+    if issubclass(method, Restorer):
+        need = f"; needs {NEEDS[method.needs].split(';')[0]}, {method.network}"
+        need += "; uses sigma_y" if method.knows_noise else ""
     return f"  {name:11s} {method.default_steps:4d} steps  {summary(inspect.getmodule(method).__doc__)}{need}"
 
 
@@ -101,6 +103,7 @@ def page() -> str:
         arguments = ", ".join(f"{key} {value:g}" for key, value in entry.arguments.items())
         rows.append(f"| `{name}` | {arguments} | {entry.help} |")
     parts.append("\n".join(rows))
+    parts += ["## Priors", inspect.cleandoc(priors.__doc__)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -112,7 +115,9 @@ def _section(name: str, method: type[Sampler]) -> str:
     facts += [f"- options and defaults: {chosen}"] if chosen else []
     count = EVALUATIONS.get(name, "1")
     facts.append(f"- steps: {method.default_steps}, {steps_down(name)} moves down; evaluations in each: {count}")
-    facts += [f"- needs {NEEDS[method.needs]}"] if issubclass(method, Restorer) else []
+    if issubclass(method, Restorer):
+        facts.append(f"- needs {NEEDS[method.needs]}; {method.network}")
+        facts.append("- uses sigma_y" if method.knows_noise else "- takes y as free of noise")
     body = "\n\n".join(f"```text\n{block}\n```" for block in ["\n\n".join(rest)] if block)
     return "\n\n".join(part for part in (f"### {name}", " ".join(title.split()), body, "\n".join(facts)) if part)
 

@@ -33,23 +33,23 @@ def read_inputs(image: object, mask_image: object) -> list[Picture]:
 
     Raises UserError for sizes that differ, a mask that is empty or all hole, and values out of range.
     """
-    images, masks = _split(image, "image", 3), _split(mask_image, "mask_image", 2)
+    images, masks = split_batch(image, "image", 3), split_batch(mask_image, "mask_image", 2)
     if len(masks) == 1:
         masks = masks * len(images)
     if not images or len(images) != len(masks):
         raise UserError(f"{len(images)} pictures and {len(masks)} masks; give one mask each, or one for all")
     pictures = []
     for i, (one, mask) in enumerate(zip(images, masks, strict=True)):
-        (pixels, exact), hole = _pixels(one), _hole(mask)
+        (pixels, exact), hole = _pixels(one), to_hole(mask)
         check_hole(hole, pixels.shape[:2], f"mask_image {i}" if len(images) > 1 else "mask_image")
         pictures.append(Picture(pixels, hole, exact))
     return pictures
 
 
-def _split(value: object, name: str, dims: int) -> list[object]:
+def split_batch(value: object, name: str, dims: int) -> list[object]:
     """A batch as a list of single items; `dims` is the number of axes of one array item without a batch axis."""
     if isinstance(value, list | tuple):
-        return [item for part in value for item in _split(part, name, dims)]
+        return [item for part in value for item in split_batch(part, name, dims)]
     if isinstance(value, Image.Image):
         return [value]
     if isinstance(value, np.ndarray | torch.Tensor):
@@ -76,7 +76,7 @@ def _pixels(item: object) -> tuple[np.ndarray, np.ndarray | None]:
     return np.round(exact * 255).astype(np.uint8), exact
 
 
-def _hole(item: object) -> np.ndarray:
+def to_hole(item: object) -> np.ndarray:
     """bool (H, W), True from mid grey upwards."""
     if isinstance(item, Image.Image):
         return np.asarray(item.convert("L")) >= 128

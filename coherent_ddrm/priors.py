@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,6 +62,7 @@ class Prior(Denoiser, Protocol):
     channels: int
     labels: int  # classes, one of which it must be told (`class_labels`); 0 = none
     shift: float  # of the time grid that suits it
+    multiple: int  # what sides of pictures must be a multiple of
 
 
 @dataclass
@@ -83,11 +84,14 @@ class DiTPrior:
     def channels(self) -> int:
         return self.net.config.in_channels
 
+    @property
+    def multiple(self) -> int:
+        return self.net.config.patch
+
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """x0_hat in fp32. x_t: (B, C, H, W); t: (B,) in [0, 1], or (B, 1, H, W), where 0 means known."""
-        dtype = self.net.dtype
-        low = dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(x_t.device.type, dtype) if low else nullcontext():
+        with self.autocast(x_t):
+            dtype = self.net.dtype
             if t.ndim == 4:
                 return self.net(x_t, t).float()
             key = (tuple(x_t.shape), x_t.device, dtype)
@@ -95,6 +99,32 @@ class DiTPrior:
                 with torch.no_grad():
                     self._context = key, self.net.context(torch.zeros_like(x_t), cached=False)
             return self.net.denoise(x_t, t, self._context[1]).float()
+
+    def told(self, y: Tensor, hole: Tensor) -> ToldPrior:
+        """The denoiser that knows the pixels of y (B, C, H, W) outside `hole` (B, 1, H, W)."""
+        with self.autocast(y):
+            return ToldPrior(self, self.net.context(y, hole, cached=self.net.config.one_way))
+
+    def autocast(self, x: Tensor) -> AbstractContextManager:
+        """The network's own precision, where it is a low one."""
+        low = self.net.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(x.device.type, self.net.dtype) if low else nullcontext()
+
+
+@dataclass
+class ToldPrior:
+    """Our own network with known pixels, x0_hat in fp32."""
+
+    prior: DiTPrior
+    context: Context
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.prior.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        with self.prior.autocast(x_t):
+            return self.prior.net.denoise(x_t, t, self.context).float()
 
 
 def load_prior(
@@ -204,6 +234,7 @@ def _denoiser(net: UNet2DModel, source: Path, **settings: Any) -> DiscreteDenois
             "many where it learned its variance"
         )
     takes = dict(resolution=sides.pop(), channels=config.in_channels, labels=config.num_class_embeds or 0)
+    takes["multiple"] = 2 ** (len(config.down_block_types) - 1)
     try:
         return DiscreteDenoiser(net, **takes, **settings)
     except ValueError as error:

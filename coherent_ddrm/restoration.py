@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,12 +27,11 @@ from torch import Tensor
 
 from coherent_ddrm.denoiser import Bound, Denoiser
 from coherent_ddrm.errors import CheckpointError, UserError
-from coherent_ddrm.guidance import ClassifierGuided, LogProb, Target
-from coherent_ddrm.models.dit import InContext
-from coherent_ddrm.operators import Inpainting, LinearOperator, Observation, Operator, make_operator, size_from_y
+from coherent_ddrm.guidance import ClassifierGuided, LogProb, Target, guide_class
+from coherent_ddrm.measure import measure, read_pictures, read_region, write_pictures
+from coherent_ddrm.operators import Inpainting, LinearOperator, Observation, Operator
 from coherent_ddrm.pipeline_io import OUTPUT_TYPES, seed_keys
 from coherent_ddrm.priors import DiTPrior, Prior, load_prior
-from coherent_ddrm.restoration_io import read_masks, read_pictures, write_pictures
 from coherent_ddrm.rng import keyed_generator, normal
 from coherent_ddrm.samplers import RESTORERS, Restorer, sample
 from coherent_ddrm.samplers.mask_shift import mask_shift
@@ -84,13 +84,16 @@ class RestorationPipeline:
         candidates: int = 1,
         shift: float | None = None,
         class_labels: Sequence[int] | None = None,
+        class_scale: float = 1.0,
+        null_label: int | None = None,
         classifier: LogProb | None = None,
         show: Sequence[str | tuple[str, Any]] = (),
         guidance_scale: float = 20.0,
         output_type: str = "pil",
         callback_on_step_end: Callable[[int, float, Tensor], Tensor | None] | None = None,
+        check_only: bool = False,
         **options: Any,
-    ) -> RestorationOutput:
+    ) -> RestorationOutput | None:
         """Restore each picture.
 
         Args:
@@ -106,6 +109,7 @@ class RestorationPipeline:
             candidates: results per picture.
             shift: above 1 spends more steps at high noise; the prior's own unless given.
             class_labels: one per picture, for a prior that has classes.
+            class_scale: classifier-free guidance on them, 1 = none; `null_label` is the prior's label for "any class".
             classifier: guides towards what `show` names (see guidance.ClassifierGuided), "guidpaint" in its first stage
                 alone, the other samplers all the way. classifier.load_classifier reads one.
             show: class names, each for the hole (without one, for the whole picture) or, as (name, mask), for the white
@@ -113,6 +117,7 @@ class RestorationPipeline:
             guidance_scale: strength of the classifier; 0 = not guided.
             output_type: "pil", "np" (N, H, W, C) or "pt" (N, C, H, W), floats in [0, 1].
             callback_on_step_end: called with (move, s, x_s) after each; a returned tensor replaces x_s.
+            check_only: raise what would be raised before the first evaluation, restore nothing and return None.
 
         Raises:
             UserError: an input or an argument cannot be used.
@@ -120,36 +125,44 @@ class RestorationPipeline:
         """
         start = time.perf_counter()
         shift = self.prior.shift if shift is None else shift
-        self._check(sampler, output_type, candidates, num_inference_steps, sigma_y, shift, options)
-        side = self.prior.resolution if degrade else None
-        pictures = read_pictures(image, side).to(self.device)
+        self._check(sampler, output_type, candidates, num_inference_steps, sigma_y, shift, guidance_scale, options)
+        pictures = read_pictures(image)
         keys = seed_keys(generator, len(pictures), candidates)
         with torch.no_grad(), _plain_words():
-            observation, size = self._observe(pictures, operator, mask_image, sigma_y, degrade, keys[::candidates])
-            seen = _repeat(observation, candidates)
+            observation, size = measure(
+                pictures, operator, mask_image, sigma_y, degrade, self.prior, keys[::candidates], self.device
+            )
+            y, operator = observation.y.repeat_interleave(candidates, dim=0), observation.operator.repeat(candidates)
+            seen = Observation(y, operator, sigma_y)
             labels = self._labels(class_labels, len(pictures), candidates)
-            targets = self._targets(classifier, show, seen, candidates, side)
+            told = self._classes(labels, class_scale, null_label)
+            read = lambda mask: read_region(mask, pictures, self.prior.resolution if degrade else None)  # noqa: E731
+            regions = [(name, None if mask is None else read(mask)) for name, mask in _named(show)]
+            targets = self._targets(classifier, regions, operator, candidates, size)
+            whole = self._check_size(operator, sampler, size, bool(targets), callback_on_step_end is not None)
 
             def method(part: Observation) -> Restorer:
-                denoiser, own = self._denoiser(sampler, part, labels, options.get("clean", False)), {}
+                denoiser, own = self._denoiser(sampler, part, told, options.get("clean", False)), {}
                 if targets:
                     own = {"plain": denoiser} if sampler == "guidpaint" else {}
                     hole = part.operator.hole.float() if isinstance(part.operator, Inpainting) else None
                     denoiser = ClassifierGuided(denoiser, classifier, targets, guidance_scale, hole)
                 return RESTORERS[sampler](denoiser, part, **own, **options)
 
+            if check_only:
+                method(seen)
+                return None
             times = lambda made: made.times(num_inference_steps or made.default_steps, shift)  # noqa: E731
             shape, rng = (len(keys), self.prior.channels, *size), [keyed_generator(*key) for key in keys]
-            if self._fits(size):
+            if whole:
                 engine = method(seen)
                 z = normal(torch.empty(shape, device=self.device), rng)
                 x0, nfe = sample(engine, z, times(engine), rng, callback_on_step_end), engine.nfe
             else:
-                self._check_windows(seen.operator, sampler, size, guided=bool(targets))
                 x0, nfe = mask_shift(method, seen, shape, self.prior.resolution, times, rng)
-        residual = float((seen.operator.A(x0) - seen.y).abs().max()) if _exact(seen) else None
-        if _exact(seen) and isinstance(seen.operator, Inpainting):
-            x0 = seen.operator.project(x0, seen.y)  # the composite: not every method keeps known pixels exactly
+        residual = float((operator.A(x0) - y).abs().max()) if _exact(seen) else None
+        if _exact(seen) and isinstance(operator, Inpainting):
+            x0 = operator.project(x0, y)  # the composite: not every method keeps known pixels exactly
         images = write_pictures(x0, output_type)
         return RestorationOutput(images, observation.y, residual, keys, nfe, time.perf_counter() - start)
 
@@ -163,10 +176,12 @@ class RestorationPipeline:
         steps: int | None,
         sigma_y: float,
         shift: float,
+        guidance_scale: float,
         options: dict[str, Any],
     ) -> None:
         if sampler not in RESTORERS:
             raise UserError(f"unknown sampler {sampler!r}: choose one of {', '.join(RESTORERS)}")
+        check_options(sampler, options)
         if (sampler in ("coherent", "rad") or options.get("clean")) and not isinstance(self.prior, DiTPrior):
             name = sampler if sampler in ("coherent", "rad") else "clean"
             raise UserError(f"{name!r} needs a time per pixel, which this prior cannot take; use our checkpoint")
@@ -177,70 +192,32 @@ class RestorationPipeline:
                 raise UserError(f"{name} is {count}; it must be a whole number from 1")
         if not 0 <= sigma_y < float("inf"):
             raise UserError(f"sigma_y is {sigma_y}; it is a standard deviation on the [-1, 1] scale, 0 or more")
-        if not shift > 0:
-            raise UserError(f"shift is {shift}; it must be above 0, 1 for even times")
-        known = option_names(RESTORERS[sampler])
-        for name in options:
-            if name not in known:
-                raise UserError(f"sampler {sampler!r} has no option {name!r}; it has {', '.join(known) or 'none'}")
+        for name, number in (("shift", shift), ("guidance_scale", guidance_scale)):
+            if not 0 <= number < float("inf") or (name == "shift" and number == 0):
+                raise UserError(f"{name} is {number}; it must be a number above 0")
+        if sigma_y and not RESTORERS[sampler].knows_noise:
+            knowing = ", ".join(name for name, method in RESTORERS.items() if method.knows_noise)
+            warnings.warn(f"sampler {sampler!r} takes y as free of noise; {knowing} use sigma_y", stacklevel=3)
 
-    def _observe(
-        self,
-        pictures: Tensor,
-        operator: str | Operator,
-        mask_image: Any,
-        sigma_y: float,
-        degrade: bool,
-        keys: Sequence[tuple[int, int]],
-    ) -> tuple[Observation, tuple[int, int]]:
-        """What is known of the pictures, and their (H, W)."""
-        side = self.prior.resolution if degrade else None
-        hole = None if mask_image is None else read_masks(mask_image, len(pictures), side).to(self.device)
-
-        if isinstance(operator, str):
-            size = tuple(pictures.shape[-2:]) if degrade else size_from_y(operator, pictures.shape)
-            operator = make_operator(operator, size, hole=hole)
-        elif degrade:
-            size = tuple(pictures.shape[-2:])
-        else:
-            size = (
-                tuple(operator.pinv(pictures).shape[-2:])
-                if isinstance(operator, LinearOperator)
-                else pictures.shape[-2:]
-            )
-        operator = operator.to(self.device)
-        if not degrade:
-            return Observation(
-                operator.A(pictures) if isinstance(operator, Inpainting) else pictures, operator, sigma_y
-            ), size
-        if pictures.shape[1] != self.prior.channels:
-            raise UserError(f"the pictures have {pictures.shape[1]} channels, the prior {self.prior.channels}")
-        y = operator.A(pictures)
-        if sigma_y:
-            n = normal(y, [keyed_generator(*key, 2) for key in keys])  # 2: apart from the sampler's noise
-            y = y + sigma_y * (operator.A(n) if isinstance(operator, Inpainting) else n)
-        return Observation(y, operator, sigma_y), size
-
-    def _fits(self, size: Sequence[int]) -> bool:
-        resolution = self.prior.resolution
-        return resolution is None or tuple(size) == (resolution, resolution)
-
-    def _check_windows(self, operator: Operator, sampler: str, size: Sequence[int], guided: bool) -> None:
-        resolution = self.prior.resolution
+    def _check_size(self, operator: Operator, sampler: str, size: Sequence[int], guided: bool, watched: bool) -> bool:
+        """Whether the prior takes pictures of `size` whole; UserError where it takes them in no way."""
+        resolution, multiple, by = self.prior.resolution, self.prior.multiple, f"{size[1]} x {size[0]}"
+        if resolution is None and any(side % multiple for side in size):
+            raise UserError(f"the picture is {by}; this prior needs sides that are multiples of {multiple}")
+        if resolution is None or tuple(size) == (resolution, resolution):
+            return True
         if min(size) < resolution:
-            raise UserError(
-                f"the picture is {size[1]} x {size[0]}, the prior's are {resolution} x {resolution}; enlarge it"
-            )
-        if guided:
-            raise UserError(
-                f"the picture is {size[1]} x {size[0]}, larger than the prior's {resolution} x {resolution}, and a "
-                "classifier cannot guide window by window; shrink it"
-            )
+            raise UserError(f"the picture is {by}, the prior's are {resolution} x {resolution}; enlarge it")
+        larger = f"the picture is {by}, larger than the prior's {resolution} x {resolution}"
+        if guided or watched:
+            cause = "a classifier cannot guide" if guided else "a callback cannot look on"
+            raise UserError(f"{larger}, and {cause} window by window; shrink it")
         if not isinstance(operator, Inpainting) and sampler not in SHIFTED:
             raise UserError(
-                f"the picture is {size[1]} x {size[0]}, larger than the prior's {resolution} x {resolution}: choose "
-                f"{' or '.join(SHIFTED)}, which work window by window (so does all inpainting), or shrink it"
+                f"{larger}: choose {' or '.join(SHIFTED)}, which work window by window (so does all inpainting), or "
+                "shrink it"
             )
+        return False
 
     def _labels(self, class_labels: Sequence[int] | None, pictures: int, candidates: int) -> Tensor | None:
         count = self.prior.labels
@@ -255,47 +232,79 @@ class RestorationPipeline:
     def _targets(
         self,
         classifier: LogProb | None,
-        show: Sequence[str | tuple[str, Any]],
-        observation: Observation,
+        show: Sequence[tuple[str, Tensor | None]],
+        operator: Operator,
         candidates: int,
-        side: int | None,
+        size: Sequence[int],
     ) -> list[Target]:
         """(region, label) of each thing to be shown, a row per result."""
         if (classifier is None) != (not show):
             raise UserError("a classifier and what to `show` go together; give both or neither")
-        rows, everywhere = len(observation.y), None
-        if isinstance(observation.operator, Inpainting):
-            everywhere = observation.operator.hole.float()
+        everywhere = operator.hole.float() if isinstance(operator, Inpainting) else None
         targets: list[Target] = []
-        for one in show:
-            name, mask = (one, None) if isinstance(one, str) else one
-            region = everywhere
-            if mask is not None:
-                region = read_masks(mask, rows // candidates, side).to(self.device).repeat_interleave(candidates, dim=0)
+        for name, region in show:
+            if region is not None and tuple(region.shape[-2:]) != tuple(size):
+                raise UserError(
+                    f"the mask for {name} is {region.shape[-1]} x {region.shape[-2]}, the picture to be made "
+                    f"{size[1]} x {size[0]}; they must be alike"
+                )
+            region = everywhere if region is None else region.to(self.device).repeat_interleave(candidates, dim=0)
             targets.append((region, classifier.label(name)))
         return targets
 
-    def _denoiser(self, sampler: str, observation: Observation, labels: Tensor | None, clean: bool) -> Denoiser:
+    def _classes(self, labels: Tensor | None, scale: float, null: int | None) -> Denoiser:
+        """The prior that knows its classes."""
+        if scale == 1:
+            return self.prior if labels is None else Bound(self.prior, {"class_labels": labels})
+        if labels is None or null is None or not 0 <= null < self.prior.labels:
+            raise UserError(
+                f"class_scale {scale:g} needs class_labels and null_label, the label of 0 ... {self.prior.labels - 1} "
+                "that means any class"
+            )
+        return guide_class(self.prior, labels, null, scale)
+
+    def _denoiser(self, sampler: str, observation: Observation, told: Denoiser, clean: bool) -> Denoiser:
         """The prior; for the methods that tell the network what is known, the network itself."""
         if (sampler == "coherent" or clean) and isinstance(observation.operator, Inpainting):  # else it refuses
-            net, hole = self.prior.net, observation.operator.hole.float()
-            return InContext(net, net.context(observation.y, hole, cached=net.config.one_way))
-        if sampler == "rad":
-            return self.prior.net
-        return self.prior if labels is None else Bound(self.prior, {"class_labels": labels})
+            return self.prior.told(observation.y, observation.operator.hole.float())
+        return told
 
 
-def option_names(method: type[Restorer]) -> list[str]:
-    """The keyword arguments of a method that are a user's to choose."""
-    found: dict[str, None] = {}
+SHARES = ("eta", "eta_b", "zeta", "shrink", "switch")  # options from 0 to 1
+
+
+def option_defaults(method: type[Restorer]) -> dict[str, Any]:
+    """The keyword arguments of a method that are a person's to choose, with their defaults."""
+    found: dict[str, Any] = {}
     for kind in method.__mro__:
         if issubclass(kind, Restorer) and "__init__" in vars(kind):
             parameters = list(inspect.signature(kind.__init__).parameters.values())[3:]
-            chosen = [p for p in parameters if p.kind is not p.VAR_KEYWORD and "Denoiser" not in str(p.annotation)]
-            found |= dict.fromkeys(p.name for p in chosen)
+            own = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+            found |= {name: default for name, default in own.items() if name not in found}
             if all(p.kind is not p.VAR_KEYWORD for p in parameters):
                 break
-    return list(found)
+    return {name: default for name, default in found.items() if name not in method.internal}
+
+
+def check_options(sampler: str, options: dict[str, Any]) -> None:
+    """UserError for an option that the sampler does not have, or a value of the wrong kind or out of range."""
+    known = option_defaults(RESTORERS[sampler])
+    for name, value in options.items():
+        if name not in known:
+            raise UserError(f"sampler {sampler!r} has no option {name!r}; it has {', '.join(known) or 'none'}")
+        kind = type(known[name])
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        rules = {
+            bool: ("true or false", isinstance(value, bool)),
+            int: ("a whole number from 1", number and isinstance(value, int) and value >= 1),
+            float: ("a number from 0", number and 0 <= value < float("inf")),
+            str: ("a word", isinstance(value, str)),
+        }
+        rule, kept = rules[kind]
+        if name in SHARES:
+            rule, kept = "a number from 0 to 1", number and 0 <= value <= 1
+        if not kept:
+            raise UserError(f"{name} of sampler {sampler!r} is {value!r}; it must be {rule}")
 
 
 @contextmanager
@@ -309,12 +318,9 @@ def _plain_words() -> Iterator[None]:
         raise error if isinstance(error, UserError | CheckpointError) else UserError(str(error)) from error
 
 
-def _repeat(observation: Observation, candidates: int) -> Observation:
-    """One row per result."""
-    operator, y = observation.operator, observation.y.repeat_interleave(candidates, dim=0)
-    if isinstance(operator, Inpainting) and candidates > 1:
-        operator = Inpainting(operator.hole.repeat_interleave(candidates, dim=0).float())
-    return Observation(y, operator, observation.sigma_y)
+def _named(show: Sequence[str | tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """(class name, mask or None) each."""
+    return [(one, None) if isinstance(one, str) else one for one in show]
 
 
 def _exact(observation: Observation) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from argparse import Namespace
 from dataclasses import dataclass
@@ -47,7 +48,9 @@ def list_jobs(args: Namespace) -> list[Job]:
         jobs = [Job(path, _mask_of(path, mask), out / path.name) for path in pictures]
     else:
         jobs = [Job(image, mask, out / image.name if out.is_dir() or not out.suffix else out)]
-    _check_paths(jobs, args.candidates)
+    if image.is_dir() and out.is_file():
+        raise UserError(f"{out} is a file; {image} is a folder, so name a folder to write to")
+    _check_paths(jobs, args, [Path(text.partition("=")[2]) for text in args.show if "=" in text])
     for job in jobs:
         read_image(job.image)  # raises for what cannot be read
         if job.mask is not None:
@@ -58,19 +61,21 @@ def list_jobs(args: Namespace) -> list[Job]:
 def _mask_of(path: Path, masks: Path | None) -> Path | None:
     if masks is None or masks.is_file():
         return masks
-    found = [mask for mask in sorted(masks.glob(f"{path.stem}.*")) if mask.suffix.lower() in SUFFIXES]
+    found = [mask for mask in sorted(masks.glob(f"{glob.escape(path.stem)}.*")) if mask.suffix.lower() in SUFFIXES]
     if not found:
         raise UserError(f"{path.name} has no mask in {masks}; pictures and masks are matched by name")
     return found[0]
 
 
-def _check_paths(jobs: list[Job], candidates: int) -> None:
-    inputs = {path.resolve() for job in jobs for path in (job.image, job.mask) if path is not None}
+def _check_paths(jobs: list[Job], args: Namespace, masks: list[Path]) -> None:
+    read = [path for job in jobs for path in (job.image, job.mask) if path is not None]
+    inputs = {path.resolve() for path in [*read, *masks]}
     taken: set[Path] = set()
     for job in jobs:
         result_format(job.output)
-        outputs = [numbered(job.output, k, candidates) for k in range(candidates)]
-        for path in [*outputs, *(o.with_suffix(".json") for o in outputs), job.measured]:
+        outputs = [numbered(job.output, k, args.candidates) for k in range(args.candidates)]
+        measured = [job.measured] if args.degrade else []
+        for path in [*outputs, *(o.with_suffix(".json") for o in outputs), *measured]:
             if path.resolve() in inputs | taken or path.is_dir():
                 raise UserError(f"{path} is an input, a folder, or would be written twice; name another output")
             taken.add(path.resolve())
@@ -85,17 +90,15 @@ def read_show(texts: list[str]) -> list[str | tuple[str, np.ndarray]]:
     return found
 
 
-def run(
-    job: Job, pipe: RestorationPipeline, args: Namespace, options: dict[str, Any], guidance: dict[str, Any]
-) -> RestorationOutput:
-    """Restore one picture and write the results, the measurement where it is a picture, and what was done.
+def restore(
+    job: Job, pipe: RestorationPipeline, args: Namespace, options: dict[str, Any], check_only: bool = False
+) -> RestorationOutput | None:
+    """The result for one picture; with `check_only` nothing but the errors it would meet.
 
-    guidance: classifier and show of RestorationPipeline.
+    options: the sampler's, and classifier and show of RestorationPipeline.
     """
-    picture = read_image(job.image)
-    grey = not args.degrade and args.operator.split("+")[-1].startswith("colourisation")
-    output = pipe(
-        np.asarray(Image.fromarray(picture).convert("L")) if grey else picture,
+    return pipe(
+        read_image(job.image),
         args.operator,
         sampler=args.sampler,
         mask_image=None if job.mask is None else read_hole(job.mask),
@@ -106,10 +109,17 @@ def run(
         generator=args.seed,
         candidates=args.candidates,
         class_labels=None if args.class_label is None else [args.class_label],
+        class_scale=args.class_scale,
+        null_label=args.null_label,
         guidance_scale=args.guidance_scale,
-        **guidance,
+        check_only=check_only,
         **options,
     )
+
+
+def run(job: Job, pipe: RestorationPipeline, args: Namespace, options: dict[str, Any]) -> RestorationOutput:
+    """Restore one picture and write the results, the measurement where it is a picture, and what was done."""
+    output = restore(job, pipe, args, options)
     job.output.parent.mkdir(parents=True, exist_ok=True)
     for k, image in enumerate(output.images):
         path = numbered(job.output, k, args.candidates)
@@ -121,7 +131,7 @@ def run(
             "sigma_y": args.sigma_y,
             "degraded_here": args.degrade,
             "sampler": args.sampler,
-            "options": options,
+            "options": {k: v for k, v in options.items() if k not in ("classifier", "show")},
             "prior": Path(args.prior).name,
             "show": args.show,
             "guidance_scale": args.guidance_scale if args.show else None,

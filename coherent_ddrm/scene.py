@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coherent_ddrm.guidance import guide_structure
 from coherent_ddrm.models.dit import DiT, InContext
 from coherent_ddrm.operators import Inpainting, Observation
 from coherent_ddrm.samplers import DDNM, Coherent, Sampler
@@ -21,6 +22,7 @@ class Scene:
     hole: Tensor  # (N, 1, R, R), 1 = missing
     plan: Tensor | None  # (N, 1 + L, R, R)
     draws: int  # so many rows after one another share their picture and plan
+    structure_scale: float = 1.0  # classifier-free guidance on the plan, 1 = none
 
     @property
     def observation(self) -> Observation:
@@ -31,8 +33,13 @@ def make_coherent(net: DiT, scene: Scene, eta: float | None) -> Sampler:
     """Our method; eta 1 unless given. Known tokens are computed once, if the network's attention allows it."""
     own = slice(None, None, scene.draws)
     plan = None if scene.plan is None else scene.plan[own]
-    context = net.context(scene.y[own], scene.hole[own], plan, draws=scene.draws, cached=net.config.one_way)
-    return Coherent(InContext(net, context), scene.observation, 1.0 if eta is None else eta)
+    known = (scene.y[own], scene.hole[own])
+    how = dict(draws=scene.draws, cached=net.config.one_way)
+    if plan is not None and scene.structure_scale != 1:
+        denoiser = guide_structure(net, *known, plan, scene.structure_scale, **how)
+    else:
+        denoiser = InContext(net, net.context(*known, plan, **how))
+    return Coherent(denoiser, scene.observation, 1.0 if eta is None else eta)
 
 
 def make_ddnm(net: DiT, scene: Scene, eta: float | None) -> Sampler:

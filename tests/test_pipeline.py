@@ -373,3 +373,17 @@ def test_methods_without_a_plan_bad_eta_and_resampling(pipe):
     with pytest.raises(UserError, match=r"eta is 1\.5"):
         pipe(image, mask, 2, eta=1.5)
     assert pipe(image, mask, 20, generator=0, resample=2).nfe == 20 + 5 * 2
+
+
+def test_guidance_on_the_plan(pipe):
+    """0 is the network without its plan, 1 the plain network, between and beyond a line; twice the evaluations."""
+    picture, mask = make_picture(RESOLUTION, RESOLUTION), make_mask(make_hole(RESOLUTION, RESOLUTION))
+    call = lambda **o: pipe(picture, mask, num_inference_steps=1, generator=0, output_type="pt", **o)  # noqa: E731
+    plain, two, none, half = (call(structure_scale=s) for s in (1.0, 2.0, 0.0, 0.5))
+    assert torch.equal(plain.images, call().images) and not torch.equal(plain.images, two.images)
+    inside = (none.images > 0) & (none.images < 1) & (plain.images > 0) & (plain.images < 1)  # where nothing is clipped
+    gap = (half.images - (none.images + plain.images) / 2)[inside].abs()
+    assert float(gap.max()) < 1.1 / 255 and (two.nfe, half.nfe, plain.nfe) == (2, 2, 1)
+    for wrong in (dict(structure_scale=-1.0), dict(structure_scale=2.0, sampler="ddnm")):
+        with pytest.raises(UserError, match=r"structure_scale is -1|takes no plan"):
+            call(**wrong)

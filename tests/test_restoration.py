@@ -8,9 +8,9 @@ from tiny import make_hole, make_mask, make_picture
 
 from coherent_ddrm.errors import CheckpointError, UserError
 from coherent_ddrm.models.dit import make_dit
-from coherent_ddrm.operators import AveragePooling, Inpainting, make_operator
+from coherent_ddrm.operators import AveragePooling, Blur, Inpainting, kernels, make_operator
 from coherent_ddrm.priors import DiTPrior
-from coherent_ddrm.restoration import RestorationPipeline, option_names
+from coherent_ddrm.restoration import RestorationPipeline, option_defaults
 from coherent_ddrm.samplers import RESTORERS
 from coherent_ddrm.schedule import Flow, VPLinear
 
@@ -20,7 +20,7 @@ SIDE = 32
 class GaussianPrior:
     """x0 ~ N(0.1, 0.4²), exact."""
 
-    channels, labels, shift = 3, 0, 1.0
+    channels, labels, shift, multiple = 3, 0, 1.0, 1
 
     def __init__(self, schedule=None, resolution=SIDE):
         self.schedule, self.resolution, self.largest = schedule or Flow(), resolution, 0
@@ -109,10 +109,10 @@ def test_options_reach_the_method(pipe):
     run = lambda **o: pipe(y, "denoising", "ddnm_plus", sigma_y=0.5, num_inference_steps=4, generator=0, **o)  # noqa: E731
     assert not np.array_equal(np.asarray(run(eta=0.1).images[0]), np.asarray(run(eta=0.9).images[0]))
     assert run(length=2, repeats=2).nfe == 8
-    assert option_names(RESTORERS["copaint_tt"]) == [
+    assert list(option_defaults(RESTORERS["copaint_tt"])) == [
         "repeats", "gradient_steps", "rate", "weight", "shrink", "tries", "length",
     ]  # fmt: skip
-    assert option_names(RESTORERS["ilvr"]) == []
+    assert list(option_defaults(RESTORERS["ilvr"])) == []
 
 
 def test_callback_and_classes():
@@ -128,6 +128,11 @@ def test_callback_and_classes():
         output_type="pt", callback_on_step_end=lambda i, s, x_s: seen.append((i, x_s.shape)),
     )  # fmt: skip
     assert [i for i, _ in seen] == [0, 1, 2] and seen[0][1] == (4, 3, SIDE, SIDE)
+    one = lambda **o: pipe(y[:1], "super_resolution:4", num_inference_steps=3, generator=0, output_type="pt", **o)  # noqa: E731
+    guided, plain = one(class_labels=[1], class_scale=2.0, null_label=0), one(class_labels=[2])
+    assert torch.equal(guided.images, plain.images) and (guided.nfe, plain.nfe) == (6, 3)  # 0 + 2 (1 / 4 - 0) = 2 / 4
+    with pytest.raises(UserError, match="class_scale 2 needs class_labels and null_label"):
+        one(class_labels=[1], class_scale=2.0)
     with pytest.raises(UserError, match="class_labels are"):
         pipe(y, "super_resolution:4", class_labels=[1, 3])
     with pytest.raises(UserError, match="knows 3 classes"):
@@ -154,7 +159,21 @@ BAD = {
     "too large": (dict(image=torch.zeros(1, 3, 16, 16), sampler="ddrm"), "choose ddnm or hybrid"),
     "no windows": (dict(image=torch.zeros(1, 3, 64, 64), operator="blur:uniform:3"), "has no windows"),
     "not finite": (dict(image=torch.full((1, 3, 8, 8), torch.nan)), "finite"),
-    "useless mask": (dict(mask_image=make_mask(make_hole(SIDE, SIDE))), "no use for it"),
+    "mask of another size": (dict(operator="inpainting", mask_image=make_mask(make_hole(9, 9))), "must be alike"),
+    "mask that hides nothing": (dict(operator="inpainting", mask_image=np.zeros((8, 8), bool)), "hides nothing"),
+    "share": (dict(eta=2), "eta of sampler 'ddnm' is 2; it must be a number from 0 to 1"),
+    "word": (dict(eta="much"), "number from 0 to 1"),
+    "count": (dict(sampler="hybrid", repeats=1.5), "whole number from 1"),
+    "switch": (dict(sampler="guidpaint", clean=7), "true or false"),
+    "for programs": (dict(sampler="guidpaint", plain=None), "no option 'plain'"),
+    "scale": (dict(guidance_scale=float("nan")), "guidance_scale is nan"),
+    "endless shift": (dict(shift=float("inf")), "shift is inf"),
+    "y of another shape": (dict(operator="compressed_sensing:4"), "give the size"),
+    "colour where grey is": (dict(operator="colourisation", image=make_picture(SIDE, SIDE)), "is it the clean one"),
+    "channels of y": (dict(operator="colourisation", image=torch.zeros(1, 3, SIDE, SIDE)), "this operator makes"),
+    "no picture": (dict(image=np.zeros((8, 8, 5), np.uint8)), r"shape \(8, 8, 5\)"),
+    "watched": (dict(image=torch.zeros(1, 3, 16, 16), callback_on_step_end=print), "a callback cannot look on"),
+    "useless mask": (dict(mask_image=make_mask(make_hole(8, 8))), "no use for it"),
 }
 
 
@@ -255,3 +274,87 @@ def test_mistakes_of_guidance_are_named(pipe):
     with pytest.raises(UserError, match="cannot guide window by window"):
         large = torch.zeros(1, 3, 16, 16)
         pipe(large, "super_resolution:4", classifier=Level(), show=["bright"], num_inference_steps=2)
+
+
+@pytest.mark.parametrize("sampler", RESTORERS)
+def test_bf16_networks(sampler):
+    """Schedule, projection and result are fp32, the network's products bf16: near the fp32 result, not equal to it."""
+    torch.manual_seed(0)
+    nets = [make_dit("tiny", structure_channels=0).eval().requires_grad_(False) for _ in range(2)]
+    with torch.no_grad():
+        for weight in nets[0].parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    nets[1].load_state_dict(nets[0].state_dict())
+    priors = [DiTPrior(nets[0], resolution=SIDE), DiTPrior(nets[1].to(torch.bfloat16), resolution=SIDE)]
+    options = dict(
+        sampler=sampler, mask_image=make_mask(make_hole(SIDE, SIDE)), num_inference_steps=2, generator=0,
+        output_type="pt",
+    )  # fmt: skip
+    if sampler == "guidpaint":
+        options["clean"] = True
+    fine, low = (RestorationPipeline(p)(make_picture(SIDE, SIDE), "inpainting", **options) for p in priors)
+    assert low.images.dtype == torch.float32 and not torch.equal(fine.images, low.images)
+    assert float((fine.images - low.images).abs().mean()) < 0.03
+
+
+def test_candidates_of_several_pictures_with_a_parameter_each(pipe):
+    """Row k of candidates belongs to its picture: compositions, kernels per sample, one hole for all."""
+    pictures = [make_picture(SIDE, SIDE, seed=i) for i in range(2)]
+    masks = [make_mask(make_hole(SIDE, SIDE, box)) for box in ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))]
+    options = dict(candidates=2, num_inference_steps=2, generator=0, degrade=True, output_type="pt")
+    out = pipe(pictures, "inpainting+colourisation", mask_image=masks, **options)
+    assert out.images.shape[0] == 4 and out.residual < 1e-4
+    assert pipe(pictures, Blur(two_kernels(), (SIDE, SIDE)), **options).residual < 1e-4
+    one = torch.zeros(1, 1, SIDE, SIDE)
+    one[..., :8] = 1
+    assert pipe(pictures, Inpainting(one), **options).residual == 0
+
+
+def two_kernels():
+    wide = kernels.uniform(5)
+    narrow = torch.zeros_like(wide)
+    narrow[1:4, 1:4] = kernels.uniform(3)
+    return torch.stack([narrow, wide])[:, None]
+
+
+def test_a_hole_on_the_grid_of_its_part(pipe):
+    """Pooled first, hidden then: the mask of the picture is brought to the small grid."""
+    mask = make_mask(make_hole(SIDE, SIDE, (0.5, 0.0, 1.0, 1.0)))
+    out = pipe(make_picture(SIDE, SIDE), "super_resolution:4+inpainting", mask_image=mask, degrade=True, generator=0)
+    assert out.residual < 1e-4 and not out.y[..., 4:, :].any() and out.y[..., :4, :].any()
+
+
+def test_what_lies_under_a_hole_of_y_is_not_read(pipe):
+    """y of a composition that ends with a hole, from a file with some pixel everywhere."""
+    y = torch.rand(1, 3, SIDE, SIDE) * 2 - 1
+    mask, options = make_mask(make_hole(SIDE, SIDE)), dict(num_inference_steps=3, generator=0, output_type="pt")
+    hidden = torch.from_numpy(make_hole(SIDE, SIDE))
+    results = [
+        pipe(torch.where(hidden, value, y), "blur:uniform:3+inpainting", "dps", mask_image=mask, **options).images
+        for value in (0.0, 0.7)
+    ]
+    assert torch.equal(*results)
+
+
+def test_noise_that_a_method_does_not_know_is_said(pipe):
+    with pytest.warns(
+        UserWarning, match="'ddnm' takes y as free of noise; ddrm, ddnm_plus, pigdm, diffpir use sigma_y"
+    ):
+        pipe(Y, "super_resolution:4", sigma_y=0.1, num_inference_steps=2)
+
+
+def test_only_checking_evaluates_nothing(pipe):
+    calls = []
+    pipe.prior.__class__ = type("Counted", (GaussianPrior,), {"__call__": lambda self, x_t, t: calls.append(1)})
+    assert pipe(Y, "super_resolution:4", check_only=True) is None and not calls
+    with pytest.raises(UserError, match="unknown operator"):
+        pipe(Y, "blurr", check_only=True)
+
+
+def test_windows_without_hole_cost_nothing(pipe):
+    hole = np.zeros((2 * SIDE, 2 * SIDE), bool)
+    hole[2:6, 2:6] = True
+    picture = make_picture(2 * SIDE, 2 * SIDE)
+    out = pipe(picture, "inpainting", mask_image=make_mask(hole), num_inference_steps=3, generator=0)
+    assert out.nfe == 3 and out.residual == 0
+    assert (np.asarray(out.images[0]) == np.asarray(picture))[~hole].all()

@@ -63,7 +63,7 @@ def test_a_folder_with_masks(restore, tmp_path):
         make_mask(make_hole(RESOLUTION, RESOLUTION)).save(tmp_path / "masks" / f"{i}.png")
     words = ("--operator", "inpainting", "--sampler", "coherent", "--mask", str(tmp_path / "masks"))
     code, said = restore(*words, "--candidates", "2", image="pictures", out="done")
-    assert code == 0 and "2 pictures" in said.out
+    assert code == 0 and "2 pictures" in said.out, said.err
     hole = make_hole(RESOLUTION, RESOLUTION)
     for name in ("0-1.png", "0-2.png", "1-1.png"):
         before = np.asarray(Image.open(tmp_path / "pictures" / f"{name[0]}.png"))

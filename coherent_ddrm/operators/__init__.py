@@ -11,7 +11,7 @@ from coherent_ddrm.operators.compressed_sensing import CompressedSensing
 from coherent_ddrm.operators.denoising import Denoising
 from coherent_ddrm.operators.inpainting import Inpainting
 from coherent_ddrm.operators.nonlinear import JPEG, Chain, Clipping, Quantisation
-from coherent_ddrm.operators.registry import OPERATORS, make_operator, size_from_y
+from coherent_ddrm.operators.registry import OPERATORS, channels_of_y, hole_grid, make_operator, size_from_y
 
 __all__ = [
     "JPEG",
@@ -31,6 +31,8 @@ __all__ = [
     "Operator",
     "Quantisation",
     "SpectralOperator",
+    "channels_of_y",
+    "hole_grid",
     "kernels",
     "make_operator",
     "size_from_y",

@@ -8,6 +8,7 @@ V = At U S⁺, Vᵀ = S⁺ Uᵀ A, A⁺ = V S⁺ Uᵀ.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,17 @@ class Operator:
         Raises ValueError where a pixel of y depends on pixels from far away.
         """
         raise ValueError(f"{type(self).__name__} mixes pixels across the picture, so it has no windows")
+
+    SAMPLED: tuple[str, ...] = ()  # its tensors that may have a row per sample
+
+    def repeat(self, count: int) -> Operator:
+        """The operator for a batch in which every sample stands `count` times in a row."""
+        repeated = copy.copy(self)
+        for name in self.SAMPLED:
+            value = getattr(self, name)
+            if value.ndim != 2 and len(value) > 1:  # (H, W) and one row serve all samples
+                setattr(repeated, name, value.repeat_interleave(count, dim=0))
+        return repeated
 
     def to(self, device: torch.device | str) -> Operator:
         """Move the operator's tensors, in place. Without it they are copied to the input's device at every call."""

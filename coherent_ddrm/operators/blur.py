@@ -29,6 +29,8 @@ class Blur(SpectralOperator):
             a picture of another size.
     """
 
+    SAMPLED = ("k_hat", "S")
+
     def __init__(self, kernel: Tensor, size: tuple[int, int], cutoff: float = 3e-2):
         if kernel.ndim != 2 and not (kernel.ndim == 4 and kernel.shape[1] == 1):
             raise ValueError(f"the kernel's shape is {tuple(kernel.shape)}; (kh, kw) or (B, 1, kh, kw) is needed")

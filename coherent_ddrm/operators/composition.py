@@ -56,6 +56,10 @@ class Composition(LinearOperator):
         """Differentiable: the derivative of A⁺ is (Aᵀ)⁺, found in the same way with A and At exchanged."""
         return _Pinv.apply(self.A, self.At, y, self.tolerance, self.iterations)
 
+    def repeat(self, count: int) -> Composition:
+        parts = (part.repeat(count) for part in self.parts)
+        return Composition(*parts, tolerance=self.tolerance, iterations=self.iterations)
+
     def to(self, device: torch.device | str) -> Composition:
         for part in self.parts:
             part.to(device)

@@ -24,6 +24,9 @@ class Inpainting(SpectralOperator):
 
     At = pinv = V = Vt = A
 
+    def repeat(self, count: int) -> Inpainting:
+        return Inpainting(self.hole.float().repeat_interleave(count, dim=0))
+
     def window(self, y: Tensor, top: int, left: int, side: int) -> tuple[Inpainting, Tensor]:
         """Crops of the hole and of y."""
         rows, columns = slice(top, top + side), slice(left, left + side)

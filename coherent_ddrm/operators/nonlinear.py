@@ -20,6 +20,8 @@ class JPEG(Operator):
         quality: 1 to 100, a number or (B,).
     """
 
+    SAMPLED = ("quality",)
+
     def __init__(self, quality: float | Tensor):
         self.quality = torch.as_tensor(quality, dtype=torch.float32).reshape(-1)
         _check("quality", self.quality, 1, 100)
@@ -36,6 +38,8 @@ class Clipping(Operator):
     Args:
         gain: above 0, a number or (B,).
     """
+
+    SAMPLED = ("gain",)
 
     def __init__(self, gain: float | Tensor):
         self.gain = torch.as_tensor(gain, dtype=torch.float32).reshape(-1, 1, 1, 1)
@@ -54,6 +58,8 @@ class Quantisation(Operator):
     Args:
         levels: 2 or more, a whole number or (B,); 256 is what a picture file holds.
     """
+
+    SAMPLED = ("levels",)
 
     def __init__(self, levels: int | Tensor):
         self.levels = torch.as_tensor(levels, dtype=torch.float32).reshape(-1, 1, 1, 1)
@@ -85,7 +91,10 @@ class Chain(Operator):
             x = part.A(x)
         return x
 
-    def to(self, device: torch.device | str) -> Operator:
+    def repeat(self, count: int) -> Chain:
+        return Chain(*(part.repeat(count) for part in self.parts))
+
+    def to(self, device: torch.device | str) -> Chain:
         for part in self.parts:
             part.to(device)
         return self

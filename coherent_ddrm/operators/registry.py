@@ -61,11 +61,19 @@ def _inpainting(at: Setting) -> Operator:
 OPERATORS: dict[str, Entry] = {
     "inpainting": Entry("a hole; needs its mask", _inpainting),
     "super_resolution": Entry(
-        "mean of factor x factor blocks", lambda at, factor: AveragePooling(factor), {"factor": 4}
+        "mean of factor x factor blocks (DDRM, https://arxiv.org/abs/2201.11793)",
+        lambda at, factor: AveragePooling(factor),
+        {"factor": 4},
     ),
-    "bicubic": Entry("bicubic reduction", lambda at, factor: Bicubic(factor, at.size), {"factor": 4}),
-    "colourisation": Entry("mean of the channels", lambda at: Colourisation()),
-    "blur:gaussian": Entry("Gaussian blur; size 0: 3 sigma each way", _blur(_gaussian), {"sigma": 3.0, "size": 0}),
+    "bicubic": Entry(
+        "bicubic reduction (DDRM, appendix; Keys, https://doi.org/10.1109/TASSP.1981.1163711)",
+        lambda at, factor: Bicubic(factor, at.size),
+        {"factor": 4},
+    ),
+    "colourisation": Entry("mean of the channels (DDRM)", lambda at: Colourisation()),
+    "blur:gaussian": Entry(
+        "Gaussian blur (DDRM); size 0: 3 sigma each way", _blur(_gaussian), {"sigma": 3.0, "size": 0}
+    ),
     "blur:anisotropic": Entry(
         "Gaussian blur, wider along an angle (degrees); size 0: 3 sigma each way",
         _blur(_anisotropic),
@@ -74,12 +82,16 @@ OPERATORS: dict[str, Entry] = {
     "blur:motion": Entry("motion along an angle (degrees)", _blur(kernels.motion), {"length": 9.0, "angle": 0.0}),
     "blur:uniform": Entry("mean of a size x size square, size odd", _blur(kernels.uniform), {"size": 9}),
     "compressed_sensing": Entry(
-        "one in `ratio` random Walsh-Hadamard measurements; H W must be a power of two",
+        "one in `ratio` random Walsh-Hadamard measurements (DDNM, appendix); H W must be a power of two",
         lambda at, ratio: CompressedSensing(ratio, at.size, at.seed),
         {"ratio": 4.0},
     ),
     "denoising": Entry("nothing but noise", lambda at: Denoising()),
-    "jpeg": Entry("JPEG compression, not linear", lambda at, quality: JPEG(quality), {"quality": 10.0}),
+    "jpeg": Entry(
+        "JPEG compression, not linear (differentiable, https://arxiv.org/abs/2309.06978)",
+        lambda at, quality: JPEG(quality),
+        {"quality": 10.0},
+    ),
     "clipping": Entry("over-exposure, not linear", lambda at, gain: Clipping(gain), {"gain": 2.0}),
     "quantisation": Entry("few grey levels, not linear", lambda at, levels: Quantisation(levels), {"levels": 8}),
 }
@@ -124,6 +136,21 @@ def size_from_y(spec: str, y_shape: Sequence[int]) -> tuple[int, int]:
         if name == "compressed_sensing":
             raise ValueError(f"y of {spec!r} is no picture, so its size says nothing of the picture's; give the size")
         height, width = height * arguments.get("factor", 1), width * arguments.get("factor", 1)
+    return height, width
+
+
+def channels_of_y(spec: str, channels: int) -> int:
+    """Channels of y for pictures of so many."""
+    return 1 if "colourisation" in [name for name, _ in parse(spec)] else channels
+
+
+def hole_grid(spec: str, size: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of the hole that "inpainting" needs in a spec, for pictures of `size` (H, W)."""
+    height, width = size
+    for name, arguments in parse(spec):
+        if name == "inpainting":
+            break
+        height, width = height // arguments.get("factor", 1), width // arguments.get("factor", 1)
     return height, width
 
 

@@ -28,6 +28,7 @@ class Coherent(Restorer):
     """
 
     needs = Inpainting
+    network = "our network, which is told what is known"
     default_steps = 20
 
     def __init__(self, denoiser: Denoiser, observation: Observation, eta: float = 1.0):

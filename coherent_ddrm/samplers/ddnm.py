@@ -1,7 +1,7 @@
 """DDNM, https://arxiv.org/abs/2212.00490, Algorithm 1: project every prediction onto A x = y.
 
 x0_hat = x0|t - pinv(A x0|t - y);  x_s = alpha_s x0_hat + sigma_s (eta z + sqrt(1 - eta²) eps), eta = 0.85, where eps
-comes from the unprojected x0|t. The last step (sigma_s = 0) returns x0_hat, so A x = y holds to the bit.
+comes from the unprojected x0|t. The last step (sigma_s = 0) returns x0_hat, so A x = y holds, up to rounding.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ class DDNMPlus(Restorer):
     """
 
     needs = SpectralOperator
+    knows_noise = True
     default_steps = 100
 
     def __init__(

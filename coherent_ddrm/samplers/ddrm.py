@@ -31,6 +31,7 @@ class DDRM(Restorer):
     """
 
     needs = SpectralOperator
+    knows_noise = True
     default_steps = 20
 
     def __init__(self, denoiser: Denoiser, observation: Observation, eta: float = 0.85, eta_b: float = 1.0):

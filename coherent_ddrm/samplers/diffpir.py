@@ -25,6 +25,7 @@ class DiffPIR(Restorer):
     """
 
     needs = SpectralOperator
+    knows_noise = True
     default_steps = 100
 
     def __init__(self, denoiser: Denoiser, observation: Observation, strength: float = 7.0, zeta: float = 0.3):

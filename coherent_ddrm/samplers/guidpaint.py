@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coherent_ddrm.denoiser import Denoiser
+from coherent_ddrm.denoiser import Denoiser, evaluations
 from coherent_ddrm.operators import Inpainting, Observation
 from coherent_ddrm.rng import normal
 from coherent_ddrm.samplers.heun import ode_step
@@ -37,6 +37,7 @@ class GuidPaint(Restorer):
         clean: known pixels are kept at time 0, as denoisers want it that are conditioned on them (see Coherent).
     """
 
+    internal = frozenset({"plain"})
     default_steps = 250
 
     def __init__(
@@ -69,8 +70,8 @@ class GuidPaint(Restorer):
 
     def predict(self, x_t: Tensor, t: float) -> Tensor:
         """x0_hat of the guided denoiser before the switch, of the plain one from there on."""
-        self.nfe += 1
         denoiser = self.denoiser if t > self.switch else self.plain
+        self.nfe += evaluations(denoiser)
         return denoiser(x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device).expand(len(x_t))).float()
 
     def _keep(self, x: Tensor) -> Tensor:

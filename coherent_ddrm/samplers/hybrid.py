@@ -1,7 +1,7 @@
-"""DDNM with few resamplings, this project's default among zero-shot methods.
+"""DDNM, https://arxiv.org/abs/2212.00490 , with a few of RePaint's jumps back, https://arxiv.org/abs/2201.09865 .
 
-A step of DDNM (https://arxiv.org/abs/2212.00490); in the middle of the way, between 0.3 and 0.7 of the steps, RePaint's
-jumps back (https://arxiv.org/abs/2201.09865): early nothing is decided yet, late nothing can be mended any more.
+A step is DDNM's. The jumps are in the middle of the way, 0.3 to 0.7 of the steps: early nothing is decided yet,
+late nothing can be mended any more.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from coherent_ddrm.denoiser import Denoiser
+from coherent_ddrm.denoiser import Denoiser, evaluations
 from coherent_ddrm.operators import Inpainting, LinearOperator, Observation, Operator, SpectralOperator
 from coherent_ddrm.rng import normal
 from coherent_ddrm.schedule import time_grid
@@ -55,7 +55,7 @@ class Sampler:
 
     def predict(self, x_t: Tensor, t: float) -> Tensor:
         """x0_hat = denoiser(x_t, t) in fp32, one network evaluation. (B, C, H, W)"""
-        self.nfe += 1
+        self.nfe += evaluations(self.denoiser)
         return self.denoiser(x_t, torch.full((1,), t, dtype=torch.float32, device=x_t.device).expand(len(x_t))).float()
 
 
@@ -63,6 +63,9 @@ class Restorer(Sampler):
     """A method that restores a measurement: `observation` holds y, A and sigma_y."""
 
     needs: type[Operator] = LinearOperator  # the least an operator must be
+    network = "any prior"
+    knows_noise = False  # whether sigma_y is used
+    internal: frozenset[str] = frozenset()  # arguments that are for programs, not for a person to choose
 
     def __init__(self, denoiser: Denoiser, observation: Observation):
         super().__init__(denoiser)
@@ -81,6 +84,7 @@ NEEDS = {
     SpectralOperator: "needs an operator with a singular value decomposition",
 }
 
+LOOK = 16  # moves between two looks at whether x_t is finite
 Callback = Callable[[int, float, Tensor], "Tensor | None"]
 
 
@@ -92,16 +96,22 @@ def sample(sampler: Sampler, z: Tensor, times: Sequence[float], rng: Rng, callba
     """
     x_t = sampler.start(z, times[0])
     moves = len(times) - 1
-    broken = torch.full((), moves, device=z.device)  # first move that failed; looked at once, so that no move waits
+    broken = torch.full((), moves, device=z.device)  # first move that failed; looked at now and then, as looking waits
     for i, (t, s) in enumerate(pairwise(times)):
         x_t = sampler.step(x_t, t, s, rng) if s < t else sampler.travel(x_t, t, s, rng)
         if callback is not None:
             changed = callback(i, s, x_t)
             x_t = x_t if changed is None else changed
         broken = torch.where(x_t.isfinite().all(), broken, broken.clamp(max=i))
-    if (i := int(broken)) < moves:
+        if (i + 1) % LOOK == 0 or i + 1 == moves:
+            _stop_if(broken, sampler, times)
+    return x_t
+
+
+def _stop_if(broken: Tensor, sampler: Sampler, times: Sequence[float]) -> None:
+    """Raise FloatingPointError if a move was broken."""
+    if (i := int(broken)) < len(times) - 1:
         raise FloatingPointError(
-            f"{type(sampler).__name__}: x_t is not finite after move {i + 1} of {moves} (t {times[i]:.4g} -> "
+            f"{type(sampler).__name__}: x_t is not finite after move {i + 1} of {len(times) - 1} (t {times[i]:.4g} -> "
             f"{times[i + 1]:.4g}); the network's weights or the method's settings are unfit"
         )
-    return x_t

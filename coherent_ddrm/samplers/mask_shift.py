@@ -78,6 +78,9 @@ def mask_shift(
             here = (..., slice(top, top + side), slice(left, left + side))
             operator, y = observation.operator.window(observation.y, top, left, side)
             part = overlapped(Observation(y, operator, observation.sigma_y), done[here], result[here])
+            if isinstance(part.operator, Inpainting) and not bool(part.operator.hole.any()):
+                result[here], done[here] = part.y, True  # nothing is missing here
+                continue
             sampler = method(part)
             x0 = sample(sampler, normal(result[here], rng), times(sampler), rng)
             result[here] = torch.where(done[here], result[here], x0)

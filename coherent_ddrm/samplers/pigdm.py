@@ -22,6 +22,7 @@ class PiGDM(Restorer):
     """DDIM pulled towards the measurement by the gradient through the network, scaled by how sure x0_hat is."""
 
     needs = SpectralOperator
+    knows_noise = True
     default_steps = 100
 
     def __init__(self, denoiser: Denoiser, observation: Observation, eta: float = 1.0):

@@ -53,6 +53,8 @@ class RAD(Restorer):
     """
 
     needs = Inpainting
+    network = "a network that takes a time per pixel, as ours does"
+    internal = frozenset({"amount", "phases"})
     default_steps = 100
 
     def __init__(self, denoiser: Denoiser, observation: Observation, amount: Tensor | None = None, phases: int = 1):

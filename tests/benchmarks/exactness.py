@@ -14,8 +14,8 @@ from coherent_ddrm.errors import UserError
 from coherent_ddrm.export import default_checkpoint
 from coherent_ddrm.images import to_tensor
 from coherent_ddrm.masks import make_holes
+from coherent_ddrm.measure import write_pictures
 from coherent_ddrm.restoration import RestorationPipeline
-from coherent_ddrm.restoration_io import write_pictures
 from coherent_ddrm.samplers import RESTORERS
 
 OPERATORS = (

@@ -15,8 +15,8 @@ from coherent_ddrm.classifier import load_classifier
 from coherent_ddrm.data import open_dataset
 from coherent_ddrm.export import default_checkpoint
 from coherent_ddrm.images import to_tensor, write_image
+from coherent_ddrm.measure import write_pictures
 from coherent_ddrm.restoration import RestorationPipeline
-from coherent_ddrm.restoration_io import write_pictures
 from coherent_ddrm.sheets import contact_sheet
 
 
@@ -48,6 +48,7 @@ def main() -> None:
     ids = other[np.linspace(0, len(other) - 1, min(options.count, len(other))).astype(int)]
     pictures = write_pictures(to_tensor(batch["image"][ids]), "pil")
     pipe = RestorationPipeline.from_prior(default_checkpoint())
+    options.out.mkdir(parents=True, exist_ok=True)
     for kind in ("lower", "box"):
         hole = make_hole(kind, pictures[0].size[1])
         settings = dict(mask_image=hole, num_inference_steps=20, generator=0, output_type="pt", clean=True)
