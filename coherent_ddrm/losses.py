@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from typing import Protocol
+
+import torch
 from torch import Tensor
 
 SIGMA_FLOOR = 0.05  # below it the v-weight would blow rounding up (as in JiT, https://arxiv.org/abs/2511.13720)
@@ -27,3 +31,36 @@ def diffusion_loss(x0_hat: Tensor, x0: Tensor, hole: Tensor, sigma_t: Tensor) ->
     """v-weighted squared error over the hole. x0_hat, x0: (B, C, H, W); sigma_t: (B,) -> (B,)"""
     error = hole_mean((x0_hat.float() - x0.float()) ** 2, hole)
     return v_weight(sigma_t) * error
+
+
+class FeatureNet(Protocol):
+    """What `perceptual_loss` compares with, such as models.perceptual.PerceptualNet."""
+
+    def features(self, x: Tensor) -> list[Tensor]: ...
+
+
+def perceptual_loss(net: FeatureNet, x0_hat: Tensor, x0: Tensor) -> Tensor:
+    """Squared difference of features, a mean over each layer, summed over the layers; (B,).
+
+    LaMa, https://arxiv.org/abs/2109.07161, Equation 3: the paper takes the mean over its four layers, the code their
+    sum, times 30, beside 10 |error| on known pixels. This is the code's sum, without the 30.
+
+    Args:
+        net: frozen. No gradient goes through the features of x0.
+        x0_hat: (B, 3, H, W) in [-1, 1], the composite: the prediction in the hole, x0 elsewhere.
+        x0: (B, 3, H, W), the truth.
+    """
+    with torch.no_grad():
+        truth = net.features(x0)
+    layers = zip(net.features(x0_hat), truth, strict=True)
+    return torch.stack([((a.float() - b.float()) ** 2).flatten(1).mean(dim=1) for a, b in layers]).sum(dim=0)
+
+
+def low_noise(t: Tensor, cutoff: float = 0.4) -> Tensor:
+    """(1 + cos(pi t / cutoff)) / 2: 1 at t = 0, falling smoothly to 0 at `cutoff`, 0 beyond. t: any shape -> alike.
+
+    Where noise is strong, x0_hat is a mean over many pictures, and has to be: losses on its sharpness stay out.
+    """
+    if not 0 < cutoff <= 1:
+        raise ValueError(f"cutoff is {cutoff}; it must be above 0 and at most 1")
+    return (1 + torch.cos(math.pi * (t.float() / cutoff).clamp(0, 1))) / 2
