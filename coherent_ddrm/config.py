@@ -228,7 +228,45 @@ class ClassifierRun:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-def optimizer_options(run: DiffusionRun | StructureRun | ClassifierRun) -> dict:
+@dataclass
+class PerceptualConfig:
+    """The network whose features stage two is compared by."""
+
+    __pydantic_config__ = STRICT
+    network: str = "small"
+    """A name of models.perceptual.NETWORKS, or of a timm model that can be dilated."""
+
+
+@dataclass
+class PerceptualObjective:
+    """What the features are learned from: LaMa segments; classes help where maps are few or rough."""
+
+    __pydantic_config__ = STRICT
+    segmentation: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the segmentation maps; 0 = shards without."""
+    classes: Annotated[float, Field(ge=0)] = 0.5
+    """Weight of the class labels; 0 = shards without."""
+    smoothing: Share = 0.1
+    """Label smoothing, of the classes."""
+
+
+@dataclass
+class PerceptualRun:
+    """train/perceptual.py"""
+
+    __pydantic_config__ = STRICT
+    out: str = "runs/perceptual"
+    seed: int = 0
+    init: str | None = None
+    """Folder of exported weights to start from (fine-tuning); None = random."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: PerceptualConfig = field(default_factory=PerceptualConfig)
+    objective: PerceptualObjective = field(default_factory=PerceptualObjective)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def optimizer_options(run: DiffusionRun | StructureRun | ClassifierRun | PerceptualRun) -> dict:
     """The part of a run's `optim` that training.Learner takes."""
     names = ("optimizer", "lr", "weight_decay", "betas", "warmup", "cooldown", "steps", "ema")
     return {name: getattr(run.optim, name) for name in names}
