@@ -23,6 +23,7 @@ STRICT = ConfigDict(extra="forbid")
 Run = TypeVar("Run")
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
 
 
 class ConfigError(ValueError):
@@ -126,11 +127,41 @@ class DiffusionObjective:
     """Share of samples with no known pixel (the unconditional prior)."""
     draws: Count = 1
     """Noisy versions of each picture that share one pass of its known tokens."""
+    times: Literal["logit-normal", "uniform"] = "logit-normal"
+    """How times are drawn, beside those at pure noise."""
+    weight: Literal["v", "min-snr"] = "v"
+    """Of the squared error at each time: 1 / sigma², or min((alpha / sigma)², 5)."""
     time_mean: float = 0.8
     """Times are sigmoid(mean + std n), n normal; a mean above 0 favours noise, where large holes are decided."""
     time_std: float = 1.2
     pure_noise: Share = 0.1
     """Share of samples at t = 1, which the logit-normal never reaches and where sampling starts."""
+
+
+@dataclass
+class AuxiliaryConfig:
+    """Losses beside the diffusion loss, on x0_hat at low noise. Weight 1 pulls as strongly as the diffusion loss."""
+
+    __pydantic_config__ = STRICT
+    perceptual: Weight = 0.0
+    """Weight of the high-receptive-field perceptual loss; 0 costs nothing."""
+    network: str = "runs/clothing_64_perceptual/export"
+    """Its features: an export of train/perceptual.py, or a timm model with its own weights."""
+    adversarial: Weight = 0.0
+    """Weight of the adversarial loss with its feature matching; 0 costs nothing."""
+    kind: Literal["non_saturating", "hinge"] = "non_saturating"
+    feature_matching: Weight = 1.0
+    """Beside the adversarial loss of a patch."""
+    r1: Weight = 0.001
+    """Gradient penalty of the discriminator."""
+    width: Count = 48
+    """Channels of the discriminator's first layer."""
+    lr: float = 2e-4
+    """The discriminator's learning rate; it rises and falls as the network's."""
+    start: Annotated[int, Field(ge=0)] = 200
+    """Steps in which the discriminator learns alone."""
+    cutoff: Share = 0.5
+    """Time from which on these losses do not count; below they grow smoothly."""
 
 
 @dataclass
@@ -145,6 +176,7 @@ class DiffusionRun:
     data: DataConfig = field(default_factory=DataConfig)
     model: DiTConfig = field(default_factory=DiTConfig)
     objective: DiffusionObjective = field(default_factory=DiffusionObjective)
+    auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

@@ -93,9 +93,10 @@ def _mirror(x: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
     return x
 
 
-def draw_times(examples: Examples, mean: float, std: float, pure_noise: float) -> Tensor:
-    """Times (B draws,), picture by picture: 1 for a share `pure_noise` of them, logit-normal for the rest."""
-    t = logit_normal_time(examples.u, mean, std)  # (B, draws)
+def draw_times(examples: Examples, logit: tuple[float, float] | None, pure_noise: float) -> Tensor:
+    """Times (B draws,), picture by picture: 1 for a share `pure_noise`; the rest logit-normal with `logit`, mean and
+    deviation, or uniform for None."""
+    t = examples.u if logit is None else logit_normal_time(examples.u, *logit)  # (B, draws)
     return torch.where(examples.pure < pure_noise, torch.ones_like(t), t).flatten()
 
 

@@ -27,10 +27,14 @@ def hole_mean(value: Tensor, hole: Tensor) -> Tensor:
     return total / (hole.flatten(1).sum(dim=1) * value.shape[1]).clamp(min=1)
 
 
-def diffusion_loss(x0_hat: Tensor, x0: Tensor, hole: Tensor, sigma_t: Tensor) -> Tensor:
-    """v-weighted squared error over the hole. x0_hat, x0: (B, C, H, W); sigma_t: (B,) -> (B,)"""
-    error = hole_mean((x0_hat.float() - x0.float()) ** 2, hole)
-    return v_weight(sigma_t) * error
+def min_snr_weight(alpha_t: Tensor, sigma_t: Tensor, limit: float = 5.0) -> Tensor:
+    """min((alpha_t / sigma_t)², limit), https://arxiv.org/abs/2303.09556 (Equation 5), for an error of x0_hat."""
+    return ((alpha_t / sigma_t.clamp(min=SIGMA_FLOOR)) ** 2).clamp(max=limit)
+
+
+def diffusion_loss(x0_hat: Tensor, x0: Tensor, hole: Tensor, weight: Tensor) -> Tensor:
+    """Weighted squared error over the hole. x0_hat, x0: (B, C, H, W); weight: (B,) -> (B,)"""
+    return weight * hole_mean((x0_hat.float() - x0.float()) ** 2, hole)
 
 
 class FeatureNet(Protocol):

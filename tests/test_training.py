@@ -18,7 +18,7 @@ from coherent_ddrm.config import ConfigError, DiffusionRun, OptimConfig, optimiz
 from coherent_ddrm.data import ids_for_step
 from coherent_ddrm.examples import draw_times, logit_normal_time, make_examples
 from coherent_ddrm.learner import EMA, Learner, learning_rate, make_optimizers
-from coherent_ddrm.losses import diffusion_loss, hole_mean
+from coherent_ddrm.losses import diffusion_loss, hole_mean, min_snr_weight, v_weight
 from coherent_ddrm.metrics import l1, psnr, seam, ssim
 from coherent_ddrm.models.dit import make_dit
 from coherent_ddrm.run_folder import RunFolder
@@ -154,7 +154,7 @@ def test_logit_normal_quantiles():
 
 def test_drawn_times_include_pure_noise():
     examples = make_examples(made_up_batch(), "half", 0, 0, range(8), 8, draws=2)
-    t = draw_times(examples, 0.8, 1.2, pure_noise=0.5).view(8, 2)
+    t = draw_times(examples, (0.8, 1.2), pure_noise=0.5).view(8, 2)
     chosen = examples.pure < 0.5
     assert chosen.any() and (t[chosen] == 1).all() and (t[~chosen] < 1).all()
     assert torch.equal(t[~chosen], logit_normal_time(examples.u, 0.8, 1.2)[~chosen])
@@ -165,7 +165,10 @@ def test_diffusion_loss_by_hand():
     x0_hat = torch.tensor([[1.0, 2.0], [0.0, 9.0]]).expand(1, 3, 2, 2)
     hole = torch.tensor([[1.0, 1.0], [1.0, 0.0]])[None, None]
     assert float(hole_mean(x0_hat**2, hole)) == pytest.approx(5 / 3)
-    assert float(diffusion_loss(x0_hat, x0, hole, torch.tensor([0.5]))) == pytest.approx(5 / 3 / 0.25)
+    weight = v_weight(torch.tensor([0.5]))
+    assert float(diffusion_loss(x0_hat, x0, hole, weight)) == pytest.approx(5 / 3 / 0.25)
+    snr = min_snr_weight(torch.tensor([0.5, 0.9]), torch.tensor([0.5, 0.1]))
+    torch.testing.assert_close(snr, torch.tensor([1.0, 5.0]))
 
 
 def test_metrics_against_scikit_image():

@@ -250,6 +250,11 @@ class DiT(ModelMixin, ConfigMixin):
         features = features if still is None else features.masked_fill(still, 0)
         return base + scale * self._pixels(features, centred, context).float()
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The last weight before the picture."""
+        return self.final.weight if self.conv_tail is None else self.conv_tail.conv2.weight
+
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _check(self, x: Tensor, hole: Tensor) -> None:
