@@ -1,7 +1,5 @@
 """The parts of a run: optimizers, averages, checkpoints; and both training scripts end to end on made-up shards."""
 
-import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -10,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from PIL import Image
 from safetensors.torch import load_file
+from training_runs import arguments, disc_shards, rows, train
 
 from coherent_ddrm.config import ConfigError, DiffusionRun, OptimConfig, optimizer_options
 from coherent_ddrm.data import ids_for_step
@@ -193,40 +190,7 @@ def test_metrics_against_scikit_image():
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """A tiny data set: coloured discs at 32 px with true labels."""
-    root = tmp_path_factory.mktemp("discs")
-    (root / "images").mkdir()
-    (root / "labels").mkdir()
-    y, x = np.mgrid[:32, :32]
-    generator = np.random.default_rng(0)
-    for i in range(24):
-        inside = (x - generator.integers(10, 22)) ** 2 + (y - generator.integers(10, 22)) ** 2 < 64
-        picture = np.where(inside[..., None], generator.integers(0, 256, 3), generator.integers(0, 256, 3))
-        Image.fromarray(picture.astype(np.uint8)).save(root / "images" / f"{i:02d}.png")
-        Image.fromarray(inside.astype(np.uint8)).save(root / "labels" / f"{i:02d}.png")
-    command = [sys.executable, ROOT / "data_prep" / "build_shards.py", root / "images", root / "shards", "--size", "32"]
-    subprocess.run([*command, "--segmentation", f"labels:{root / 'labels'}", "--workers", "1"], check=True, cwd=ROOT)
-    return root / "shards"
-
-
-def arguments(out, shards, *options):
-    data = ["--data.train", shards, "--data.val", shards, "--out", out]
-    data += ["--optim.batch", "8", "--optim.precision", "fp32"]
-    log = ["--log.every", "1", "--log.validate", "4", "--log.sheet", "4", "--log.save", "2"]
-    return [str(word) for word in [*data, *log, *options]]
-
-
-def train(script, out, shards, *options):
-    """Run a training script in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    spec = importlib.util.spec_from_file_location(f"train_{script}", ROOT / "train" / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main(arguments(out, shards, *options))
-
-
-def rows(out):
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return disc_shards(tmp_path_factory.mktemp("discs"))
 
 
 def test_seam_counts_the_step_at_the_border_alone():

@@ -104,7 +104,7 @@ class Auxiliary:
         gradients = {}
         for name, loss in losses.items():
             (gradient,) = torch.autograd.grad(loss, x0_hat, retain_graph=True)
-            self._note(name, torch.stack([low, gradient.square().sum()]))
+            self._note(name, len(t) ** 2 * torch.stack([low, gradient.square().sum()]))  # of sums, not of means
             gradients[name] = self.strength(name) * gradient
         return {name: loss.detach() for name, loss in losses.items()}, gradients
 
