@@ -1,9 +1,8 @@
-"""The adversarial game: losses of discriminator and network, and the weight that keeps them in their place.
+"""The adversarial game: losses of discriminator and network. Their weight beside diffusion: tasks/auxiliary.py.
 
 LaMa, https://arxiv.org/abs/2109.07161, section 2.2.2 (mask-aware, non-saturating, R1, feature matching); hinge:
-https://arxiv.org/abs/1802.05957; R1: https://arxiv.org/abs/1801.04406, Equation 9; adaptive weight: VQGAN,
-https://arxiv.org/abs/2012.09841, Equation 7. One value per sample; `logits` are one (B, 1, h, w) per scale, and the
-mean over scales is taken, so that their number changes no weight.
+https://arxiv.org/abs/1802.05957; R1: https://arxiv.org/abs/1801.04406, Equation 9. One value per sample; `logits` are
+one (B, 1, h, w) per scale, and the mean over scales is taken, so that their number changes no weight.
 """
 
 from __future__ import annotations
@@ -79,26 +78,6 @@ def feature_matching(fake: Sequence[Sequence[Tensor]], real: Sequence[Sequence[T
     """
     pairs = [pair for layers in zip(fake, real, strict=True) for pair in zip(*layers, strict=True)]
     return torch.stack([_mean((a.float() - b.detach().float()) ** 2) for a, b in pairs]).mean(dim=0)
-
-
-def gradient_norm(loss: Tensor, weight: Tensor) -> Tensor:
-    """|| d loss / d weight ||, 0 where the loss does not depend on it. The graph of the loss is kept."""
-    if not loss.requires_grad:
-        return weight.new_zeros(())
-    (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True, allow_unused=True)
-    return weight.new_zeros(()) if gradient is None else gradient.float().norm()
-
-
-def adaptive_weight(main: Tensor, other: Tensor, last_layer_weight: Tensor, limit: float = 1e4) -> Tensor:
-    """lambda = ||grad main|| / (||grad other|| + 1e-6) at the last layer, in [0, limit], a number without gradient.
-
-    lambda other then pulls at that layer as strongly as main: weigh it by 0.1, say, beside main. Both are scalars. It
-    takes back any weight common to the whole of `other`: where only few samples of a batch count (low noise), it would
-    lift them to the full strength of `main`; use a mean of lambda over steps, or a low limit. Across processes it
-    differs, so reduce it there (a mean) before use.
-    """
-    ratio = gradient_norm(main, last_layer_weight) / (gradient_norm(other, last_layer_weight) + 1e-6)
-    return ratio.clamp(0, limit).detach()
 
 
 def _mean(value: Tensor) -> Tensor:

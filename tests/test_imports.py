@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "coherent_ddrm"
-LEAVES = ("schedule", "operators", "masks", "images", "losses", "structure_losses", "rng")
+LEAVES = ("schedule", "operators", "masks", "images", "losses", "structure_losses", "adversarial", "rng")
 
 
 def imported(path: Path) -> set[str]:
