@@ -56,9 +56,9 @@ class Task:
         return {"loss": loss.detach()}
 
     def prepare(self, compile: bool) -> None:
-        """Have accelerate wrap the objectives and optimizers."""
+        """Have accelerate wrap the objectives and optimizers; torch.compile the first objective if asked to."""
         for i, learner in enumerate(self.learners.values()):
-            if compile:
+            if compile and not i:  # the others see few samples, a different number each time
                 self.objectives[i].compile()
             self.objectives[i], *optimizers = self.accelerator.prepare(self.objectives[i], *learner.optimizers)
             self.optimizers.append(optimizers)
