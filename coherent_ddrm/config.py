@@ -221,6 +221,20 @@ class StructureRun:
 
 
 @dataclass
+class JointRun(DiffusionRun):
+    """train/joint.py: the keys of train/diffusion.py, and those of stage one."""
+
+    __pydantic_config__ = STRICT
+    out: str = "runs/joint"
+    structure_init: str | None = None
+    """Folder of exported weights of stage one to start from; None = random."""
+    structure_weight: Weight = 1.0
+    """Of stage one's own loss, beside what flows back from stage two."""
+    structure_model: StructureConfig = field(default_factory=StructureConfig)
+    structure: StructureObjective = field(default_factory=StructureObjective)
+
+
+@dataclass
 class ClassifierConfig:
     """The network that tells classes, for guidance."""
 

@@ -8,17 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from training_runs import arguments, disc_shards, rows, train
 
-from coherent_ddrm.config import ConfigError, DiffusionRun, OptimConfig, optimizer_options
-from coherent_ddrm.data import ids_for_step
+from coherent_ddrm.config import ConfigError, DiffusionRun, DiTConfig, JointRun, OptimConfig, optimizer_options
+from coherent_ddrm.data import ids_for_step, open_dataset
 from coherent_ddrm.examples import draw_times, logit_normal_time, make_examples
 from coherent_ddrm.learner import EMA, Learner, learning_rate, make_optimizers
 from coherent_ddrm.losses import diffusion_loss, hole_mean, min_snr_weight, v_weight
 from coherent_ddrm.metrics import l1, psnr, seam, ssim
 from coherent_ddrm.models.dit import make_dit
 from coherent_ddrm.run_folder import RunFolder
+from coherent_ddrm.tasks.joint import JointTask
 from coherent_ddrm.training import passes, per_pass
 
 ROOT = Path(__file__).parent.parent
@@ -295,3 +298,56 @@ def test_both_stages_on_a_gpu(tmp_path, shards):
     options = ["--model.size", "tiny", "--objective.predictor", tmp_path / "one" / "export"]
     train("diffusion", tmp_path / "two", shards, *options, "--optim.steps", "4")
     assert rows(tmp_path / "two")[-1]["val_loss"] > 0
+
+
+JOINT = ["--model.size", "tiny", "--optim.warmup", "1", "--optim.cooldown", "0.0", "--objective.predicted", "1.0"]
+
+
+def test_joint_training_flows_back_and_resumes(tmp_path, shards):
+    """Stopped at 2 and resumed to 4 equals 4 straight, both stages; with no loss of its own stage one still learns."""
+    options = [*JOINT, "--structure_weight", "0", "--objective.drop_structure", "0"]
+    train("joint", tmp_path / "a", shards, *options, "--optim.steps", "4")
+    for steps in ("2", "4"):
+        train("joint", tmp_path / "b", shards, *options, "--optim.steps", steps)
+    first, a, b = (tmp_path / run / "checkpoints" / f"step-0000000{n}" for run, n in (("a", 2), ("a", 4), ("b", 4)))
+    for name in ("ema", "structure-ema", "net", "structure-net"):
+        mine, theirs, before = (load_file(folder / f"{name}.safetensors") for folder in (a, b, first))
+        assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+        assert any(not torch.equal(mine[k], before[k]) for k in mine if mine[k].is_floating_point()), name
+    last = [row for row in rows(tmp_path / "a") if "val_loss" in row][-1]
+    assert {"val_loss", "val_psnr", "val_edge_f1", "val_iou"} <= last.keys()
+    assert (tmp_path / "a" / "export-structure" / "config.json").exists()
+    script = [
+        sys.executable,
+        str(ROOT / "train" / "export.py"),
+        str(tmp_path / "a"),
+        "-o",
+        str(tmp_path / "checkpoint"),
+    ]
+    subprocess.run(script, check=True, capture_output=True)
+    assert (tmp_path / "checkpoint" / "structure" / "config.json").exists()
+
+
+def test_the_gradient_into_the_plan_is_stage_twos(shards, tmp_path):
+    """Of stage one's weights: by the task's one backward pass, and by differentiating the diffusion loss itself."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(0)
+    run = JointRun(model=DiTConfig(size="tiny"), structure_weight=0.0)
+    run.objective.predicted = 1.0
+    source = open_dataset(shards)
+    task = JointTask(run, source, Accelerator(cpu=True))
+    with torch.no_grad():
+        for weight in task.main.net.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    batch, places = source.batch(np.arange(8)), range(8)
+    planner = task.learners["structure"].net
+    task.loss_of(batch, 0, places).backward()
+    expected = {name: p.grad.clone() for name, p in planner.named_parameters() if p.grad is not None}
+    for net in (planner, task.main.net):
+        net.zero_grad()
+    task.prepare(False)
+    task.backward(batch, 0, places, look=False)
+    for name, p in planner.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-7)
+    assert sum(float(g.abs().sum()) for g in expected.values()) > 0

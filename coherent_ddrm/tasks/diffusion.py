@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -57,6 +57,11 @@ def load_predictor(folder: str | None, device: torch.device) -> StructurePredict
     return StructurePredictor.from_pretrained(folder).to(device).eval().requires_grad_(False)
 
 
+def sees_predicted(examples: Examples, share: float, none: Tensor) -> Tensor:
+    """(B,) bool, who sees the predictor's plan."""
+    return (examples.choice[:, 2] < share) & ~none
+
+
 @torch.no_grad()
 def make_plan(
     examples: Examples, predictor: StructurePredictor | None, num_labels: int, predicted: float, drop: float
@@ -67,7 +72,7 @@ def make_plan(
     plan = encode_structure(examples.edges, examples.segmentation, num_labels)
     all_hole = examples.hole.flatten(1).all(dim=1)
     none = (examples.choice[:, 1] < drop) | all_hole
-    rows = ((examples.choice[:, 2] < predicted) & ~none).nonzero()[:, 0]  # nobody else's plan is worth predicting
+    rows = sees_predicted(examples, predicted, none).nonzero()[:, 0]  # nobody else's plan is worth predicting
     if predictor is not None and len(rows):
         plan[rows] = predict_plan(predictor, examples.x0[rows], examples.hole[rows], steps=1).to(plan.dtype)
     return plan, none
@@ -130,6 +135,7 @@ class Pass:
     z: Tensor  # (B draws, 3, H, W)
     plan: Tensor | None  # (B, 1 + L, H, W)
     none: Tensor | None  # (B,) bool, who sees no plan
+    beside: dict[str, Tensor] = field(default_factory=dict)  # losses of other networks that the plan hangs on, 0-dim
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -169,7 +175,7 @@ class DiffusionTask(Task):
         shown = self.show(self.examples(part, step, places))
         with self.accelerator.autocast():
             x0_hat = self.objectives[0](*shown.inputs)
-        return self.diffusion(x0_hat, shown)
+        return self.diffusion(x0_hat, shown) + sum(shown.beside.values())
 
     def backward(self, part: dict, step: int, places: Sequence[int], look: bool) -> dict[str, Tensor]:
         """Every loss is a gradient at x0_hat; their sum goes back through the network once."""
@@ -179,7 +185,8 @@ class DiffusionTask(Task):
         losses, pulls = self.pull(x0_hat.detach(), shown, step)
         if look:
             losses |= self.last_layer(shown, pulls)
-        self.accelerator.backward((x0_hat * sum(pulls.values())).sum())
+        losses |= {name: loss.detach() for name, loss in shown.beside.items()}
+        self.accelerator.backward((x0_hat * sum(pulls.values())).sum() + sum(shown.beside.values()))
         if self.auxiliary.learner is not None:
             losses["discriminator"] = self.teach(x0_hat.detach(), shown)
         return losses
