@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from coherent_ddrm.config import ConfigError
-from coherent_ddrm.data import DataError, DecodedCache, ShardDataset, ids_for_step
+from coherent_ddrm.data import DataError, DecodedCache, ShardDataset
 from coherent_ddrm.keeper import NonFinite
 from coherent_ddrm.masks import MAKERS
 from coherent_ddrm.models.dit import SIZES
@@ -23,6 +24,11 @@ from coherent_ddrm.run_lock import RunLocked
 
 if TYPE_CHECKING:
     from coherent_ddrm.training import Task
+
+
+def as_it_is(net: nn.Module) -> nn.Module:
+    """All weights of `net` learn."""
+    return net
 
 
 def start_from(net: nn.Module, folder: str | None) -> nn.Module:
@@ -54,13 +60,14 @@ def bf16_is_fast() -> bool:
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
-def make_accelerator(precision: str, accumulate: int) -> Accelerator:
-    """accelerate's engine, on the CPU where there is no CUDA device. precision: fp32, bf16, or auto (bf16 if fast)."""
+def make_accelerator(precision: str, accumulate: int, cpu: bool = False) -> Accelerator:
+    """accelerate's engine, on the CPU where there is no CUDA device, or for `cpu`. precision: fp32, bf16, or auto (bf16
+    if fast)."""
     low = precision == "bf16" or (precision == "auto" and bf16_is_fast())
     return Accelerator(
         mixed_precision="bf16" if low else "no",
         gradient_accumulation_steps=accumulate,
-        cpu=not torch.cuda.is_available(),
+        cpu=cpu or not torch.cuda.is_available(),
     )
 
 
@@ -92,13 +99,13 @@ def activation_bytes(loss_of: Callable[[], Tensor]) -> int:
 
 
 def describe(task: Task, source: ShardDataset | DecodedCache, run: object, start: int, world: int, share: int) -> str:
-    """What is about to run: parameters, memory per process (one sample is run to measure it), steps."""
+    """What is about to run: parameters, memory per process (measured on two samples), steps."""
     steps, batch, count = run.optim.steps, run.optim.batch, len(source)
     nets = [learner.net for learner in task.learners.values()]
     sizes = [sum(p.numel() for p in net.parameters()) for net in nets]
-    held, parameters = 4 * sum(sizes), sum(sizes)
-    one = source.batch(ids_for_step(0, 1, count, 0))
-    activations = max(0, activation_bytes(lambda: task.loss_of(one, 0, [0])) - held) * share
+    parameters = sum(sizes)
+    kept = lambda n: activation_bytes(lambda: task.loss_of(source.batch(np.arange(n)), 0, range(n)))  # noqa: E731
+    activations = (kept(2) - kept(1)) * share  # the difference: both keep the weights, or what autocast made of them
     named = "; ".join(f"{type(net).__name__}: {n / 1e6:.2f} M parameters" for net, n in zip(nets, sizes, strict=True))
     return (
         f"{named}\n"
