@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -18,10 +17,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from coherent_ddrm import export
-from coherent_ddrm.errors import CheckpointError
-from coherent_ddrm.priors import load_network, one_line
 from coherent_ddrm.schedule import expand
+from coherent_ddrm.weights import load_or_pretrained
 
 NETWORKS: dict[str, dict[str, Any]] = {  # sizes of ours; group norm, so that a picture does not depend on its batch
     "small": dict(network="resnet18", options=dict(channels=[32, 64, 128, 224], norm_layer="groupnorm1")),  # 9 MiB
@@ -119,20 +116,6 @@ def load_classifier(source: str | os.PathLike[str], device: str | torch.device =
 
     Raises CheckpointError, one line that says what is wrong and what to do.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        if export.read_json(folder / "config.json").get("_class_name") != "Classifier":
-            raise CheckpointError(f"{folder}: holds no classifier; train/classifier.py makes one (its export/)")
-        classifier = load_network(Classifier, folder)
-    elif timm.is_model(str(source)):
-        try:
-            classifier = Classifier.pretrained(str(source))
-        except Exception as error:  # of timm, huggingface_hub, httpx or the disk: no one type covers them
-            raise CheckpointError(
-                f"{source}: its weights are not to be had ({type(error).__name__}: {one_line(error)[:200]}); "
-                "download them where there is a network, or name a folder"
-            ) from error
-    else:
-        raise CheckpointError(f"{source}: neither a folder with a classifier nor a model of timm")
+    classifier = load_or_pretrained(Classifier, source, Classifier.pretrained, "train/classifier.py")
     torch.nn.Module.to(classifier, device, torch.float32)  # files may hold half precision; diffusers' own `to` warns
     return classifier.eval().requires_grad_(False)

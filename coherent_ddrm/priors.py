@@ -18,7 +18,6 @@ clipped as the scheduler's clip_sample says; set `prior.clip = None` to undo it.
 
 from __future__ import annotations
 
-import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from typing import Any, Protocol
 
 import diffusers
 import torch
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,6 +36,7 @@ from coherent_ddrm.denoiser import Denoiser, DiscreteDenoiser
 from coherent_ddrm.errors import CheckpointError
 from coherent_ddrm.models.dit import Context, DiT
 from coherent_ddrm.schedule import Schedule, VPDiscrete
+from coherent_ddrm.weights import CONVERT, UNREADABLE, load_network, one_line
 
 SCHEDULERS = tuple(
     f"{name}Scheduler"
@@ -47,11 +47,6 @@ SCHEDULERS = tuple(
 )  # built on the betas of a DDPM
 SCHEDULER = "scheduler_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CONVERT = (
-    "torch pickles are never loaded; where you trust one, convert it once: "
-    "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)"
-)
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, SafetensorError)
 
 
 class Prior(Denoiser, Protocol):
@@ -241,23 +236,6 @@ def _denoiser(net: UNet2DModel, source: Path, **settings: Any) -> DiscreteDenois
         raise CheckpointError(f"{source}: {error}") from error
 
 
-def load_network(kind: type[ModelMixin], folder: Path) -> Any:
-    """A network of diffusers' format from its folder: strict, safetensors only."""
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder}: no weights in .safetensors; {CONVERT}")
-    export.check_keys(folder / "config.json", inspect.signature(kind.__init__).parameters)
-    try:
-        net, found = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except UNREADABLE as error:
-        raise CheckpointError(f"{folder}: cannot be loaded ({one_line(error)})") from error
-    for state in ("missing", "unexpected", "mismatched"):
-        if names := sorted(map(str, found[f"{state}_keys"])):
-            raise CheckpointError(f"{folder}: weight {names[0]!r} is {state} ({len(names)} such); get it again")
-    for weight in net.parameters():  # mapped from the file, at odd addresses where sums round differently
-        weight.data = weight.data.clone()
-    return net
-
-
 def _guided(file: Path) -> DiscreteDenoiser:
     """guided-diffusion's U-Net from NAME.safetensors and NAME.json."""
     if not file.is_file():
@@ -286,8 +264,3 @@ def _guided(file: Path) -> DiscreteDenoiser:
         clip=1.0,
         timestep_scale=1000 / flags.diffusion_steps if flags.rescale_timesteps else 1.0,
     )
-
-
-def one_line(error: BaseException) -> str:
-    """An error of another library on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

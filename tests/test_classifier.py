@@ -51,7 +51,7 @@ def test_loaded_to_guide(tmp_path, monkeypatch):
     ready = load_classifier(tmp_path / "net")
     assert not ready.training and not any(weight.requires_grad for weight in ready.parameters())
     make_dit("tiny").save_pretrained(tmp_path / "other")
-    for source, message in ((tmp_path / "other", "holds no classifier"), ("resnet17", "neither a folder")):
+    for source, message in ((tmp_path / "other", "holds no Classifier"), ("resnet17", "neither a folder")):
         with pytest.raises(CheckpointError, match=message):
             load_classifier(source)
     (tmp_path / "net" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")

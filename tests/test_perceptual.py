@@ -240,7 +240,7 @@ def test_faults_are_one_line(tmp_path, monkeypatch):
         (tmp_path / "net", None, "cannot be loaded"),
         ("resnet17", None, "neither a folder with a PerceptualNet nor a model of timm"),
         ("small", None, "has no weights of its own; train it"),
-        ("resnet18", None, "not to be had with its weights .*no network at all.*download them"),
+        ("resnet18", None, "its weights are not to be had .*no network at all.*download them"),
         ("resnet18", tmp_path / "torn.safetensors", "cannot be loaded"),
         ("resnet18", tmp_path / "none.safetensors", "cannot be loaded"),
         ("resnet18", tmp_path / "net.pth", "read from .safetensors alone; torch pickles are never loaded"),
@@ -333,11 +333,11 @@ def test_resumed_equals_never_stopped(tmp_path, shards):
 
 def test_a_batch_that_is_no_number_leaves_the_statistics_as_they_were(tmp_path, shards, monkeypatch):
     """The loop skips its step; a running mean that has met one NaN would stay NaN."""
-    spoil, module = iter([False, True, False]), load_script()
+    spoil, module = iter([False, False, True, False]), load_script()
     deform = module.deform
     damage = lambda x, ids: (x * float("nan"), ids) if next(spoil, False) else (x, ids)  # noqa: E731
     monkeypatch.setattr(module, "deform", lambda *args: damage(*deform(*args)))
-    train(tmp_path, shards / "out", "--optim.steps", "2", module=module)  # the first look is before the first step
+    train(tmp_path, shards / "out", "--optim.steps", "2", module=module)  # the first two looks are before the first step
     net = load_file(tmp_path / "checkpoints" / "step-00000002" / "net.safetensors")
     counted = {int(value) for name, value in net.items() if "num_batches" in name}
     assert all(bool(value.isfinite().all()) for value in net.values()) and counted == {1}

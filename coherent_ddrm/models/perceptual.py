@@ -23,9 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from coherent_ddrm import export
 from coherent_ddrm.errors import CheckpointError
-from coherent_ddrm.priors import CONVERT, load_network, one_line
+from coherent_ddrm.weights import CONVERT, load_or_pretrained, one_line
 
 STRIDE = 8
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -145,25 +144,12 @@ def load_perceptual(
 
     Raises CheckpointError, one line that says what is wrong and what to do.
     """
-    folder = Path(source)
     if weights is not None:
         net = _from_file(str(source), Path(weights))
-    elif folder.is_dir():
-        if export.read_json(folder / "config.json").get("_class_name") != "PerceptualNet":
-            raise CheckpointError(f"{folder}: holds no PerceptualNet; train/perceptual.py makes one (its export/)")
-        net = load_network(PerceptualNet, folder)
-    elif timm.is_model(str(source)):
-        try:
-            net = PerceptualNet.pretrained(str(source))
-        except Exception as error:  # of timm, huggingface_hub, httpx or the disk: no one type covers them
-            raise CheckpointError(
-                f"{source}: not to be had with its weights ({type(error).__name__}: {one_line(error)[:200]}); download "
-                "them where there is a network and name their .safetensors file, or a folder of train/perceptual.py"
-            ) from error
-    elif str(source) in NETWORKS:
+    elif str(source) in NETWORKS and not timm.is_model(str(source)):
         raise CheckpointError(f"{source}: has no weights of its own; train it (train/perceptual.py), or name a file")
     else:
-        raise CheckpointError(f"{source}: neither a folder with a PerceptualNet nor a model of timm")
+        net = load_or_pretrained(PerceptualNet, source, PerceptualNet.pretrained, "train/perceptual.py")
     nn.Module.to(net, device, torch.float32)  # files may hold half precision; diffusers' own `to` warns
     return net.freeze()
 
