@@ -337,7 +337,7 @@ def test_a_batch_that_is_no_number_leaves_the_statistics_as_they_were(tmp_path, 
     deform = module.deform
     damage = lambda x, ids: (x * float("nan"), ids) if next(spoil, False) else (x, ids)  # noqa: E731
     monkeypatch.setattr(module, "deform", lambda *args: damage(*deform(*args)))
-    train(tmp_path, shards / "out", "--optim.steps", "2", module=module)  # the first two looks are before the first step
+    train(tmp_path, shards / "out", "--optim.steps", "2", module=module)  # two looks come before the first step
     net = load_file(tmp_path / "checkpoints" / "step-00000002" / "net.safetensors")
     counted = {int(value) for name, value in net.items() if "num_batches" in name}
     assert all(bool(value.isfinite().all()) for value in net.values()) and counted == {1}
