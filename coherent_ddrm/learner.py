@@ -9,25 +9,27 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Exponential moving average of a network's parameters in fp32, by name.
+    """Exponential moving average of a network's learning parameters in fp32, by name; frozen ones have none.
 
     The decay of step n is min(decay, (1 + n) / (10 + n)), so that early averages do not remember the start.
     """
 
     def __init__(self, net: nn.Module, decay: float):
         self.decay = decay
-        self.weights = {name: p.detach().float().clone() for name, p in net.named_parameters()}
+        self.weights = {n: p.detach().float().clone() for n, p in net.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, net: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        now = [p.detach().float() for _, p in net.named_parameters()]
+        parameters = dict(net.named_parameters())
+        now = [parameters[name].detach().float() for name in self.weights]
         torch._foreach_lerp_(list(self.weights.values()), now, 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, net: nn.Module) -> None:
-        for name, p in net.named_parameters():
-            p.copy_(self.weights[name])
+        parameters = dict(net.named_parameters())
+        for name, weight in self.weights.items():
+            parameters[name].copy_(weight)
 
 
 def make_optimizers(net: nn.Module, name: str, lr: float, weight_decay: float, betas: tuple[float, float]) -> list:
@@ -36,7 +38,7 @@ def make_optimizers(net: nn.Module, name: str, lr: float, weight_decay: float, b
     Muon, https://kellerjordan.github.io/posts/muon/ , with the update scaled to AdamW's size
     (https://arxiv.org/abs/2502.16982), so that one rate and one weight decay serve both.
     """
-    parameters = dict(net.named_parameters())
+    parameters = {n: p for n, p in net.named_parameters() if p.requires_grad}
     inside = lambda n, p: name == "muon" and p.ndim == 2 and "blocks." in n and "modulation" not in n  # noqa: E731
     matrices = [p for n, p in parameters.items() if inside(n, p)]
     decayed = [p for n, p in parameters.items() if not inside(n, p) and p.ndim >= 2]

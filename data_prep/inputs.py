@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from coherent_ddrm.jobs import SUFFIXES
 from coherent_ddrm.shards import DataError
-
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".pnm"}
 
 
 def walk(folder: Path, below: str = "") -> Iterator[tuple[str, str]]:

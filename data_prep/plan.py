@@ -93,6 +93,8 @@ def names_of(args: argparse.Namespace, options: Options, table: ClassTable) -> t
         label_names = ["background", *(class_names or ["foreground"])]
     elif kind == "labels":
         label_names = given["label_names"] if given else None
+    elif kind == "none" and given:
+        label_names = given["label_names"]  # no map, yet a network that plans these labels can train on the shards
     elif kind == "model":
         label_names = model_names(argument)
     if label_names and len(label_names) > 255:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ from coherent_ddrm.config import DiffusionRun, optimizer_options
 from coherent_ddrm.data import DecodedCache, ShardDataset
 from coherent_ddrm.examples import Examples, draw_times, example_settings, make_examples
 from coherent_ddrm.images import to_uint8
-from coherent_ddrm.launch import check_run, start_from
+from coherent_ddrm.launch import as_it_is, check_run, start_from
 from coherent_ddrm.learner import Learner
 from coherent_ddrm.losses import diffusion_loss, hole_mean, min_snr_weight, v_weight
 from coherent_ddrm.models.dit import DiT, InContext, make_dit
@@ -153,15 +153,25 @@ class Pass:
 
 
 class DiffusionTask(Task):
-    """The transformer, and where the config asks for them a perceptual network and a discriminator."""
+    """The transformer, and where the config asks for them a perceptual network and a discriminator.
 
-    def __init__(self, run: DiffusionRun, source: ShardDataset | DecodedCache, accelerator: Accelerator):
+    Args:
+        adapt: makes of the transformer, its first weights loaded, what learns: `lora.add_adapter`, or all of it.
+    """
+
+    def __init__(
+        self,
+        run: DiffusionRun,
+        source: ShardDataset | DecodedCache,
+        accelerator: Accelerator,
+        adapt: Callable[[nn.Module], nn.Module] = as_it_is,
+    ):
         self.num_labels = source.num_labels if run.objective.structure else 0
         self.predictor = load_predictor(run.objective.predictor if self.num_labels else None, accelerator.device)
         check_run(run, source, self.predictor)
         channels = 1 + self.num_labels if self.num_labels else 0
         net = make_dit(**asdict(run.model), structure_channels=channels).to(accelerator.device)
-        learner = Learner(start_from(net, run.init), **optimizer_options(run))
+        learner = Learner(adapt(start_from(net, run.init)), **optimizer_options(run))
         self.objective, self.auxiliary = run.objective, Auxiliary(run, channels, accelerator)
         learners, objectives = {"transformer": learner}, [Objective(net, run.objective.draws)]
         if self.auxiliary.learner is not None:
@@ -213,6 +223,8 @@ class DiffusionTask(Task):
     def last_layer(self, shown: Pass, pulls: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each loss's gradient norm at the last layer's weight: one more pass, not compiled, at logged steps alone."""
         weight = self.main.net.last_layer
+        if not weight.requires_grad:  # frozen, beside an adapter
+            return {}
         with self.accelerator.autocast():
             x0_hat = self.bare.forward(*shown.inputs)
         rows = [torch.autograd.grad((x0_hat * g).sum(), weight, retain_graph=True)[0] for g in pulls.values()]

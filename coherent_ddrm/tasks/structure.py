@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -14,7 +14,7 @@ from coherent_ddrm.config import StructureRun, optimizer_options
 from coherent_ddrm.data import DecodedCache, ShardDataset
 from coherent_ddrm.examples import example_settings, make_examples
 from coherent_ddrm.images import to_uint8
-from coherent_ddrm.launch import start_from
+from coherent_ddrm.launch import as_it_is, start_from
 from coherent_ddrm.learner import Learner
 from coherent_ddrm.models.structure import StructurePredictor, decode_structure, encode_structure, predict_plan
 from coherent_ddrm.rng import keyed_generator, normal
@@ -97,11 +97,21 @@ class Validation:
 
 
 class StructureTask(Task):
-    """Stage one: the predictor learns to denoise plans, given the picture around the hole."""
+    """Stage one: the predictor learns to denoise plans, given the picture around the hole.
 
-    def __init__(self, run: StructureRun, source: ShardDataset | DecodedCache, accelerator: Accelerator):
+    Args:
+        adapt: makes of the network, its first weights loaded, what learns: `lora.add_adapter`, or all of it.
+    """
+
+    def __init__(
+        self,
+        run: StructureRun,
+        source: ShardDataset | DecodedCache,
+        accelerator: Accelerator,
+        adapt: Callable[[nn.Module], nn.Module] = as_it_is,
+    ):
         net = StructurePredictor(num_labels=source.num_labels, **asdict(run.model)).to(accelerator.device)
-        learner, weights = Learner(start_from(net, run.init), **optimizer_options(run)), run.objective
+        learner, weights = Learner(adapt(start_from(net, run.init)), **optimizer_options(run)), run.objective
         objective = Objective(net, weights.edges, weights.segmentation, weights.known_weight)
         super().__init__({"structure": learner}, [objective], accelerator)
         self.num_labels, self.pure_noise = source.num_labels, run.objective.pure_noise
