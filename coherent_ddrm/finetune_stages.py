@@ -6,6 +6,7 @@ Each stage is a run of train/ with its own folder, so it resumes, locks and surv
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -242,7 +243,9 @@ def compare(job: Job, device: torch.device) -> dict[str, dict[str, dict[str, flo
     (job.out / "sheets").mkdir(exist_ok=True)
     for when, both in nets.items():
         for name, validation in validations(job, data, both, device).items():
-            found.setdefault(name, {})[when] = {k: round(v, 6) for k, v in validation.scores(both[name]).items()}
+            scores = validation.scores(both[name])
+            finite = {k: round(v, 6) for k, v in scores.items() if math.isfinite(v)}  # without maps some are not
+            found.setdefault(name, {})[when] = finite
             write_image(job.out / "sheets" / f"{name}-{when}.png", validation.sheet(both[name]))
     return found
 
