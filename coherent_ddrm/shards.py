@@ -14,6 +14,7 @@ import json
 import os
 import re
 import tarfile
+import threading
 import zlib
 from pathlib import Path
 
@@ -41,6 +42,11 @@ INDEX = np.dtype(
 
 class DataError(ValueError):
     """A shard, index or manifest is missing, damaged or not what it should be; the message names it."""
+
+
+# numpy reads a header through Python's parser, which in 3.11 can fail when threads use it at once ("AST constructor
+# recursion depth mismatch", https://github.com/python/cpython/issues/106905).
+ONE_AT_A_TIME = threading.Lock()
 
 
 def shard_name(shard: int) -> str:
@@ -96,7 +102,8 @@ def row_key(row: np.void, tar_size: int) -> str:
 def read_index(path: Path) -> np.ndarray:
     """The (N,) INDEX rows of a shard. Raises DataError."""
     try:
-        rows = np.load(path, allow_pickle=False)
+        with ONE_AT_A_TIME:
+            rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: not a readable index ({error}).") from error
     if not isinstance(rows, np.ndarray) or rows.dtype != INDEX or rows.ndim != 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -114,8 +114,8 @@ def fit(
         NonFinite: steps with numbers that are not finite, IN_A_ROW of them.
         SystemExit: with TERMINATED, after SIGTERM or SIGUSR1 (a pre-empted node) and a save.
     """
-    accelerator, optim, every = task.accelerator, run.optim, run.log
-    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    accelerator, optim = task.accelerator, run.optim
+    world, main = accelerator.num_processes, accelerator.is_main_process
     share = per_pass(optim.batch, world, optim.accumulate)
     folder = RunFolder(run.out, run)
     with nullcontext() if dry_run else locked(folder, accelerator), StopSignal() as signalled:
@@ -128,43 +128,48 @@ def fit(
             folder.write_config()
         validation = make_validation()
         task.prepare(optim.compile)
-        stream = Tolerant(source, run.data.damaged)
-        log = Log(folder.folder, optim.steps, start, optim.batch, main)
-        keeper = Keeper(folder, task, validation, log, counts)
-        for step, batch in batches(stream, optim.batch, run.seed, start, rank, world, run.data.workers):
-            if step >= optim.steps:
-                break
-            done, look = step + 1, (step + 1) % every.every == 0
-            for learner in task.learners.values():
-                learner.set_rate(step)
-            total = 0.0
-            for part, places in passes(batch, share, rank, world):
-                with accelerator.accumulate(*task.objectives):
-                    losses = task.backward(part, step, places, look)
-                log.add(losses)
-                total = total + losses["loss"]
-            norm = task.clip(optim.clip)
-            finite, stop = agree(accelerator, norm + total, signalled.stop)
-            if finite:
-                task.update(step)
-            keeper.count(finite, step, batch["key"], float(norm), float(total))
-            task.zero_grad()
-            if look:
-                log.write(accelerator, done, rate=task.main.rate, grad_norm=float(norm), skipped=keeper.skipped)
-            if main:
-                keeper.report(done)
-            if stop and done < optim.steps:
-                if main:
-                    keeper.save(done, must=True)
-                    log.warn(f"asked to stop: saved at step {done}; the same command goes on from here")
-                accelerator.wait_for_everyone()
-                log.close()
-                raise SystemExit(TERMINATED)
+        with closing(Log(folder.folder, optim.steps, start, optim.batch, main)) as log:
+            keeper = Keeper(folder, task, validation, log, counts)
+            walk(run, task, Tolerant(source, run.data.damaged), start, keeper, signalled)
         accelerator.wait_for_everyone()
-        log.close()
         if main:
             task.export(folder.folder)
     accelerator.end_training()
+
+
+def walk(run: object, task: Task, stream: Tolerant, start: int, keeper: Keeper, signalled: StopSignal) -> None:
+    """The steps from `start` to the last."""
+    accelerator, optim, log = task.accelerator, run.optim, keeper.log
+    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    share = per_pass(optim.batch, world, optim.accumulate)
+    for step, batch in batches(stream, optim.batch, run.seed, start, rank, world, run.data.workers):
+        if step >= optim.steps:
+            break
+        done, look = step + 1, (step + 1) % run.log.every == 0
+        for learner in task.learners.values():
+            learner.set_rate(step)
+        total = 0.0
+        for part, places in passes(batch, share, rank, world):
+            with accelerator.accumulate(*task.objectives):
+                losses = task.backward(part, step, places, look)
+            log.add(losses)
+            total = total + losses["loss"]
+        norm = task.clip(optim.clip)
+        finite, stop = agree(accelerator, norm + total, signalled.stop)
+        if finite:
+            task.update(step)
+        keeper.count(finite, step, batch["key"], float(norm), float(total))
+        task.zero_grad()
+        if look:
+            log.write(accelerator, done, rate=task.main.rate, grad_norm=float(norm), skipped=keeper.skipped)
+        if main:
+            keeper.report(done)
+        if stop and done < optim.steps:
+            if main:
+                keeper.save(done, must=True)
+                log.warn(f"asked to stop: saved at step {done}; the same command goes on from here")
+            accelerator.wait_for_everyone()
+            raise SystemExit(TERMINATED)
 
 
 def agree(accelerator: Accelerator, value: Tensor, stop: bool) -> tuple[bool, bool]:
