@@ -16,7 +16,7 @@ from coherent_ddrm.config import DiffusionRun, StructureRun, optimizer_options
 from coherent_ddrm.data import batches, open_dataset
 from coherent_ddrm.examples import make_examples
 from coherent_ddrm.learner import Learner
-from coherent_ddrm.losses import diffusion_loss
+from coherent_ddrm.losses import diffusion_loss, v_weight
 from coherent_ddrm.models.dit import make_dit
 from coherent_ddrm.models.structure import StructurePredictor, encode_structure
 from coherent_ddrm.structure_losses import edge_loss, region_weight, segmentation_loss
@@ -54,7 +54,7 @@ def steps(examples, num_labels: int):
 
     def diffusion():
         x_t = noisy(x0, torch.randn_like(x0), t[:, None, None, None] * hole)
-        return diffusion_loss(dit(x_t, t, hole, s0), x0, hole, t).mean()
+        return diffusion_loss(dit(x_t, t, hole, s0), x0, hole, v_weight(t)).mean()
 
     def structure():
         s_t = noisy(s0, torch.randn_like(s0), t[:, None, None, None])
