@@ -194,7 +194,7 @@ class RestorationPipeline:
             raise UserError(f"sigma_y is {sigma_y}; it is a standard deviation on the [-1, 1] scale, 0 or more")
         for name, number in (("shift", shift), ("guidance_scale", guidance_scale)):
             if not 0 <= number < float("inf") or (name == "shift" and number == 0):
-                raise UserError(f"{name} is {number}; it must be a number above 0")
+                raise UserError(f"{name} is {number}; it must be a number {'above' if name == 'shift' else 'from'} 0")
         if sigma_y and not RESTORERS[sampler].knows_noise:
             knowing = ", ".join(name for name, method in RESTORERS.items() if method.knows_noise)
             warnings.warn(f"sampler {sampler!r} takes y as free of noise; {knowing} use sigma_y", stacklevel=3)

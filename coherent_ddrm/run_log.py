@@ -19,32 +19,32 @@ class Log:
     def __init__(self, folder: Path, steps: int, start: int, batch: int, active: bool):
         self.active, self.batch, self.done = active, batch, start
         self.totals: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
         self.progress = tqdm(total=steps, initial=start, disable=not active, unit="step", mininterval=5)
-        self.complained = False
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
             self.file = open(folder / "log.jsonl", "a", buffering=1, encoding="utf-8")
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
         self.since = time.perf_counter()
-        self.passes = 0
 
     def add(self, losses: dict[str, Tensor]) -> None:
         """Take in the losses of one pass, 0-dim tensors; nothing is read back from the device here."""
         for name, value in losses.items():
             self.totals[name] = self.totals.get(name, 0) + value.float()
-        self.passes += 1
+            self.counts[name] = self.counts.get(name, 0) + 1  # not every pass has every value
 
     def write(self, accelerator: Accelerator, step: int, **values: float) -> None:
         """Mean losses since the last call, over all ranks, pictures per second, and `values`."""
         names = sorted(self.totals)  # the same on all ranks
-        means = accelerator.reduce(torch.stack([self.totals[name] for name in names]) / self.passes, "mean").tolist()
+        means = torch.stack([self.totals[name] / self.counts[name] for name in names])
+        means = accelerator.reduce(means, "mean").tolist()
         speed = (step - self.done) * self.batch / (time.perf_counter() - self.since)
         losses = dict(zip(names, means, strict=True))
         self.scores(step, **losses, pictures=step * self.batch, per_second=speed, **values)
         self.progress.update(step - self.done)
         self.progress.set_postfix(loss=f"{losses['loss']:.4f}", pictures_per_s=f"{speed:.1f}")
-        self.totals, self.passes, self.done, self.since = {}, 0, step, time.perf_counter()
+        self.totals, self.counts, self.done, self.since = {}, {}, step, time.perf_counter()
 
     def scores(self, step: int, **values: float) -> None:
         """One row."""

@@ -21,6 +21,7 @@ from coherent_ddrm.losses import diffusion_loss, hole_mean, min_snr_weight, v_we
 from coherent_ddrm.metrics import l1, psnr, seam, ssim
 from coherent_ddrm.models.dit import make_dit
 from coherent_ddrm.run_folder import RunFolder
+from coherent_ddrm.run_log import Log
 from coherent_ddrm.tasks.joint import JointTask
 from coherent_ddrm.training import passes, per_pass
 
@@ -351,3 +352,15 @@ def test_the_gradient_into_the_plan_is_stage_twos(shards, tmp_path):
         if name in expected:
             torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-7)
     assert sum(float(g.abs().sum()) for g in expected.values()) > 0
+
+
+def test_the_log_means_over_the_passes_that_had_a_value(tmp_path):
+    """A loss of every pass, and a norm that only the last of them measured."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    log = Log(tmp_path, steps=4, start=0, batch=8, active=True)
+    for loss in (1.0, 2.0, 3.0):
+        log.add({"loss": torch.tensor(loss)})
+    log.add({"loss": torch.tensor(6.0), "norm": torch.tensor(5.0)})
+    log.write(Accelerator(cpu=True), 4)
+    log.close()
+    assert rows(tmp_path)[0]["loss"] == 3.0 and rows(tmp_path)[0]["norm"] == 5.0
