@@ -77,6 +77,12 @@ class OptimConfig:
     """bf16: matrix products in bf16 (autocast), weights and optimizer in fp32. auto: bf16 where it is fast."""
     compile: bool = False
     """torch.compile the objective (a minute or two of warm-up)."""
+    checkpointing: bool = False
+    """Keep the input of each block alone, and compute the block again in the backward pass: a third more work, a
+    fraction of the memory (train/diffusion.py, train/joint.py)."""
+    shard: bool = False
+    """Spread weights, gradients and optimizer over the processes of a machine (FSDP2), for networks that do not fit one
+    device (train/diffusion.py)."""
 
 
 @dataclass

@@ -66,7 +66,8 @@ def guide_structure(
     """
     planned = net.context(y, hole, plan, draws=draws, cached=cached)
     own = net.context(y, hole, None, draws=draws, cached=cached)
-    unplanned = dataclasses.replace(planned, past=own.past, plans=own.plans)  # all else is the same: held once
+    # all else is the same: held once
+    unplanned = dataclasses.replace(planned, past=own.past, plans=own.plans, plan_tokens=own.plan_tokens)
     return ClassifierFree(InContext(net, planned), InContext(net, unplanned), scale)
 
 

@@ -37,6 +37,7 @@ class State(Protocol):
 
     accelerator: Accelerator
     main: Learner
+    kept_by: bool
 
     def tensors(self) -> dict[str, dict[str, Tensor]]: ...
 
@@ -48,7 +49,10 @@ class NonFinite(RuntimeError):
 
 
 class Keeper:
-    """What is kept of a run while it goes on: scores, sheets, checkpoints, and the steps that could not be taken."""
+    """What is kept of a run while it goes on: scores, sheets, checkpoints, and the steps that could not be taken.
+
+    Only the first process writes. `report` and `save` are for the processes that `task.kept_by` tells.
+    """
 
     def __init__(self, folder: RunFolder, task: State, validation: Validation, log: Log, counts: dict[str, int]):
         self.folder, self.task, self.validation, self.log = folder, task, validation, log
@@ -66,8 +70,9 @@ class Keeper:
             return
         first = step + 1 - self.in_a_row  # the weights have not changed since
         where = self.folder.folder / "failed" / f"step-{first:08d}"
-        if self.task.accelerator.is_main_process:
-            self.folder.dump(first, self.task.tensors(), {"keys": keys, "loss": str(loss), "gradient": str(norm)})
+        tensors = self.task.tensors() if self.task.kept_by else {}
+        if self.writes:
+            self.folder.dump(first, tensors, {"keys": keys, "loss": str(loss), "gradient": str(norm)})
         self.task.accelerator.wait_for_everyone()
         raise NonFinite(
             f"loss or gradient is {loss + norm:.4g} at step {step}, the last of {IN_A_ROW} in a row; {where} holds the "
@@ -78,29 +83,45 @@ class Keeper:
     def report(self, done: int) -> None:
         """Validate, draw a sheet, save, each in its own rhythm and all after the last step; not timed as training."""
         every, last, begin = self.folder.config.log, done == self.folder.config.optim.steps, time.perf_counter()
-        averaged, better, score = None, False, 0.0
-        if last or done % every.validate == 0 or done % every.sheet == 0:
-            averaged = self.task.main.averaged()
-        if last or done % every.validate == 0:
-            scores = self.validation.scores(averaged)
+        validate, draw = (last or done % often == 0 for often in (every.validate, every.sheet))
+        averaged = self.task.main.averaged() if validate or draw else None
+        score = self._score(averaged, done) if validate else None
+        if draw and self.writes:
+            self._draw(averaged, done)
+        if last or score is not None or done % every.save == 0:
+            saved = self.save(done, must=last)
+            if score is not None and saved and self.writes:
+                self.folder.mark_best(done, self.validation.best, score)
+        self.log.pause(time.perf_counter() - begin)
+
+    @property
+    def writes(self) -> bool:
+        return self.task.accelerator.is_main_process
+
+    def _score(self, net: nn.Module, done: int) -> float | None:
+        """The score to keep as the best so far, the lower the better; None if it is not."""
+        best: list[float | None] = [None]
+        if self.writes:
+            scores = self.validation.scores(net)
             self.log.scores(done, **scores)
             name = self.validation.best
             score = -scores[name[1:]] if name.startswith("-") else scores[name]
-            better = score < self.folder.best()[1]
-        if last or done % every.sheet == 0:
-            try:
-                write_image(self.folder.sheets / f"{done:08d}.png", self.validation.sheet(averaged))
-            except OSError as error:
-                self.log.warn(f"the sheet of step {done} cannot be written ({error})")
-        if last or better or done % every.save == 0:
-            saved = self.save(done, must=last)
-            if better and saved:
-                self.folder.mark_best(done, self.validation.best, score)
-        self.log.pause(time.perf_counter() - begin)
+            best = [score if score < self.folder.best()[1] else None]
+        if self.task.main.spread:  # all that share the network save together
+            broadcast_object_list(best)
+        return best[0]
+
+    def _draw(self, net: nn.Module, done: int) -> None:
+        try:
+            write_image(self.folder.sheets / f"{done:08d}.png", self.validation.sheet(net))
+        except OSError as error:
+            self.log.warn(f"the sheet of step {done} cannot be written ({error})")
 
     def save(self, done: int, must: bool) -> bool:
         """Write a checkpoint; whether it could be written. Raises OSError only if it `must` be."""
         tensors = self.task.tensors()
+        if not self.writes:
+            return True
         for name, group in tensors.items():
             if not all(bool(v.isfinite().all()) for v in group.values() if v.is_floating_point()):
                 raise NonFinite(f"{name} holds numbers that are not finite after step {done}; it is not saved")

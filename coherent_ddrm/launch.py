@@ -21,6 +21,7 @@ from coherent_ddrm.keeper import NonFinite
 from coherent_ddrm.masks import MAKERS
 from coherent_ddrm.models.dit import SIZES
 from coherent_ddrm.run_lock import RunLocked
+from coherent_ddrm.sharding import held
 
 if TYPE_CHECKING:
     from coherent_ddrm.training import Task
@@ -103,13 +104,13 @@ def describe(task: Task, source: ShardDataset | DecodedCache, run: object, start
     steps, batch, count = run.optim.steps, run.optim.batch, len(source)
     nets = [learner.net for learner in task.learners.values()]
     sizes = [sum(p.numel() for p in net.parameters()) for net in nets]
-    parameters = sum(sizes)
+    held_here = sum(held(net) for net in nets)
     kept = lambda n: activation_bytes(lambda: task.loss_of(source.batch(np.arange(n)), 0, range(n)))  # noqa: E731
     activations = (kept(2) - kept(1)) * share  # the difference: both keep the weights, or what autocast made of them
     named = "; ".join(f"{type(net).__name__}: {n / 1e6:.2f} M parameters" for net, n in zip(nets, sizes, strict=True))
     return (
         f"{named}\n"
-        f"memory per process: weights, average, gradients, optimizer {20 * parameters / 2**20:.0f} MiB; activations of "
+        f"memory per process: weights, average, gradients, optimizer {20 * held_here / 2**20:.0f} MiB; activations of "
         f"{share} pictures about {activations / 2**20:.0f} MiB\n"
         f"{count} pictures; {steps} steps of {batch}, {steps * batch / 1e6:.3f} M, {steps * batch / count:.0f} epochs\n"
         f"{world} process(es); starting at step {start}"

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from coherent_ddrm.sharding import is_spread, spread_as, whole
+
 
 class EMA:
     """Exponential moving average of a network's learning parameters in fp32, by name; frozen ones have none.
@@ -59,17 +61,19 @@ def learning_rate(step: int, lr: float, steps: int, warmup: int, cooldown: float
 
 
 def flatten_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state as named tensors, "parameter.name"; numbers become 0-dim tensors."""
+    """Optimizer state as named tensors, "parameter.name", in one piece; numbers become 0-dim tensors."""
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{k}": torch.as_tensor(v).detach().clone() for i, row in state.items() for k, v in row.items()}
+    return {f"{i}.{k}": whole(torch.as_tensor(v).detach()).clone() for i, row in state.items() for k, v in row.items()}
 
 
 def restore_state(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
     """The inverse of `flatten_state`; groups and rates stay as they were built."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in flat.items():
         i, key = name.split(".", 1)
-        state.setdefault(int(i), {})[key] = value
+        parameter = parameters[int(i)]
+        state.setdefault(int(i), {})[key] = spread_as(value, parameter) if value.shape == parameter.shape else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -104,21 +108,40 @@ class Learner:
         """Take the weights after `step` into the average."""
         self.ema.update(self.net, step)
 
+    @property
+    def spread(self) -> bool:
+        """Whether the network is spread over processes; then all of them must ask for `averaged` and `tensors`, and
+        only the first one gets them whole."""
+        return is_spread(self.net)
+
     def averaged(self) -> nn.Module:
         """A copy of the network with the averaged weights, in eval mode."""
+        if self.spread:
+            return self._averaged_whole()
         net = copy.deepcopy(self.net)
         self.ema.copy_to(net)
         return net.eval()
 
+    def _averaged_whole(self) -> nn.Module:
+        weights = {name: whole(value) for name, value in (self.net.state_dict() | self.ema.weights).items()}
+        with torch.device("meta"):
+            net = type(self.net).from_config(self.net.config)
+        net.load_state_dict(weights, strict=True, assign=True)
+        first = not any(value.is_meta for value in weights.values())
+        return net.to(next(self.net.parameters()).device if first else "meta").eval()
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """File name -> named tensors."""
-        files = {"net": dict(self.net.state_dict()), "ema": self.ema.weights}
+        files = {"net": self.net.state_dict(), "ema": self.ema.weights}
+        files = {name: {key: whole(value) for key, value in group.items()} for name, group in files.items()}
         return files | {f"optimizer-{i}": flatten_state(o) for i, o in enumerate(self.optimizers)}
 
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """The inverse of `tensors`; strict."""
-        self.net.load_state_dict(tensors["net"], strict=True)
-        device = next(self.net.parameters()).device
-        self.ema.weights = {name: tensors["ema"][name].to(device) for name in self.ema.weights}
+        like, device = self.net.state_dict(), next(self.net.parameters()).device
+        net = {name: spread_as(value, like[name]) if name in like else value for name, value in tensors["net"].items()}
+        self.net.load_state_dict(net, strict=True)
+        ema = tensors["ema"]
+        self.ema.weights = {name: spread_as(ema[name].to(device), old) for name, old in self.ema.weights.items()}
         for i, optimizer in enumerate(self.optimizers):
             restore_state(optimizer, tensors[f"optimizer-{i}"])

@@ -26,7 +26,8 @@ class RunFolder:
     Resuming raises ConfigError if the newest checkpoint has another config, unless only keys in FREE differ.
     """
 
-    FREE = ("log", "out", "init", "data.workers", "data.damaged", "optim.compile", "optim.steps", "optim.cooldown")
+    FREE = ("log", "out", "init", "data.workers", "data.damaged", "optim.compile", "optim.checkpointing")
+    FREE += ("optim.shard", "optim.steps", "optim.cooldown")
 
     def __init__(self, out: str, config: object):
         self.folder, self.config = Path(out), config

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from coherent_ddrm.config import ConfigError
 from coherent_ddrm.data import DecodedCache, ShardDataset, Tolerant, batches
@@ -45,6 +46,11 @@ class Task:
     def main(self) -> Learner:
         return next(iter(self.learners.values()))
 
+    @property
+    def kept_by(self) -> bool:
+        """Whether this process takes part in reports and checkpoints: the first, or all that share a network."""
+        return self.accelerator.is_main_process or self.main.spread
+
     def loss_of(self, part: dict, step: int, places: Sequence[int]) -> Tensor:
         """The loss of some samples of the global batch of `step`, 0-dim."""
         raise TypeError(f"{type(self).__name__} does not define loss_of(part, step, places)")
@@ -58,6 +64,9 @@ class Task:
     def prepare(self, compile: bool) -> None:
         """Have accelerate wrap the objectives and optimizers; torch.compile the first objective if asked to."""
         for i, learner in enumerate(self.learners.values()):
+            if learner.spread:  # sharding.py has wrapped and compiled it
+                self.optimizers.append([self.accelerator.prepare(optimizer) for optimizer in learner.optimizers])
+                continue
             if compile and not i:  # the others see few samples, a different number each time
                 self.objectives[i].compile()
             self.objectives[i], *optimizers = self.accelerator.prepare(self.objectives[i], *learner.optimizers)
@@ -66,6 +75,7 @@ class Task:
     def clip(self, largest: float) -> Tensor:
         """Clip each learner's gradient; the main one's norm, NaN if any is not finite."""
         norms = [self.accelerator.clip_grad_norm_(k.net.parameters(), largest) for k in self.learners.values()]
+        norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
         return norms[0] + sum(0 * norm for norm in norms[1:])
 
     def update(self, step: int) -> None:
@@ -93,7 +103,9 @@ class Task:
 
     def export(self, folder: Path) -> None:
         """The averaged weights, ready for the pipeline."""
-        self.main.averaged().save_pretrained(folder / "export")
+        averaged = self.main.averaged()
+        if self.accelerator.is_main_process:
+            averaged.save_pretrained(folder / "export")
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -117,11 +129,15 @@ def fit(
     accelerator, optim = task.accelerator, run.optim
     world, main = accelerator.num_processes, accelerator.is_main_process
     share = per_pass(optim.batch, world, optim.accumulate)
+    if optim.shard and not task.main.spread:
+        raise ConfigError("optim.shard: only train/diffusion.py spreads its network; the others are small")
     folder = RunFolder(run.out, run)
     with nullcontext() if dry_run else locked(folder, accelerator), StopSignal() as signalled:
         start, counts = resume(accelerator, folder, task)
+        if task.kept_by:
+            about = describe(task, source, run, start, world, share)
         if main:
-            print(describe(task, source, run, start, world, share), flush=True)
+            print(about, flush=True)
         if dry_run:
             return
         if main:
@@ -132,7 +148,7 @@ def fit(
             keeper = Keeper(folder, task, validation, log, counts)
             walk(run, task, Tolerant(source, run.data.damaged), start, keeper, signalled)
         accelerator.wait_for_everyone()
-        if main:
+        if task.kept_by:
             task.export(folder.folder)
     accelerator.end_training()
 
@@ -140,7 +156,7 @@ def fit(
 def walk(run: object, task: Task, stream: Tolerant, start: int, keeper: Keeper, signalled: StopSignal) -> None:
     """The steps from `start` to the last."""
     accelerator, optim, log = task.accelerator, run.optim, keeper.log
-    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    rank, world = accelerator.process_index, accelerator.num_processes
     share = per_pass(optim.batch, world, optim.accumulate)
     for step, batch in batches(stream, optim.batch, run.seed, start, rank, world, run.data.workers):
         if step >= optim.steps:
@@ -162,10 +178,10 @@ def walk(run: object, task: Task, stream: Tolerant, start: int, keeper: Keeper, 
         task.zero_grad()
         if look:
             log.write(accelerator, done, rate=task.main.rate, grad_norm=float(norm), skipped=keeper.skipped)
-        if main:
+        if task.kept_by:
             keeper.report(done)
         if stop and done < optim.steps:
-            if main:
+            if task.kept_by:
                 keeper.save(done, must=True)
                 log.warn(f"asked to stop: saved at step {done}; the same command goes on from here")
             accelerator.wait_for_everyone()

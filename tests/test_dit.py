@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from coherent_ddrm.launch import activation_bytes
 from coherent_ddrm.models.attention import EveryToken, Ragged, attend, hole_sees, known_sees, token_levels
 from coherent_ddrm.models.dit import SIZES, DiT, make_dit
 from coherent_ddrm.models.ends import Tail, patchify, unpatchify
@@ -354,3 +355,23 @@ def test_pull_push_of_a_constant_is_that_constant_and_of_nothing_is_grey():
     filled = pull_push(torch.full((2, 3, 16, 16), 0.7), known)
     torch.testing.assert_close(filled[0], torch.full((3, 16, 16), 0.7))
     assert not filled[1].any()
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_checkpointing_keeps_less_and_learns_the_same(draws):
+    """Blocks computed again in the backward pass: the same gradients, from a fraction of what is kept."""
+    x0, hole, t, x_t, structure = pictures()
+    t, x_t = t.repeat_interleave(draws), x_t.repeat_interleave(draws, dim=0)
+
+    def gradients(net):
+        context = net.context(x0, hole, structure, draws=draws, cached=draws > 1)
+        net.denoise(x_t, t, context).square().mean().backward()
+        return {name: p.grad for name, p in net.named_parameters()}
+
+    plain, frugal = tiny(), tiny()
+    frugal.enable_gradient_checkpointing()
+    expected = gradients(plain)
+    for name, gradient in gradients(frugal).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
+    kept = [activation_bytes(lambda net=net: net(x0, t[:4], hole, structure)) for net in (plain, frugal)]
+    assert kept[1] < 0.5 * kept[0]

@@ -71,6 +71,18 @@ class Attention(nn.Module):
         """(B, L, dim) -> (B, heads, L, head_dim)"""
         return norm_rotate(split_heads(x, self.heads), self.q_scale, rotary.cos, rotary.sin)
 
+    def read(
+        self,
+        h: Tensor,
+        keys_values: tuple[Tensor, Tensor],
+        tokens: Ragged | EveryToken,
+        rotary: Rotary,
+        allowed: Tensor | None = None,
+    ) -> Tensor:
+        """What the packed tokens h (.., dim) find at keys and values, (B, heads, L, head_dim) each; (.., dim)."""
+        q = self.queries(tokens.pad(self.q(h)), rotary)
+        return self.proj(tokens.unpad(attend(q, *keys_values, allowed)))
+
 
 @dataclass
 class Plan:
@@ -125,9 +137,7 @@ class Block(nn.Module):
             return x, own
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        q = self.attention.queries(tokens.pad(self.attention.q(h)), rotary)
-        x = add_gated(x, gate1, self.attention.proj(tokens.unpad(attend(q, k, v, allowed))))
+        x = add_gated(x, gate1, self.attention.read(h, (k, v), tokens, rotary, allowed))
         if plan is not None and plan.keys_values is not None:
-            q = self.cross.queries(tokens.pad(self.cross.q(rms_norm(x))), rotary)
-            x = x + self.cross.proj(tokens.unpad(attend(q, *plan.keys_values)))
+            x = x + self.cross.read(rms_norm(x), plan.keys_values, tokens, rotary)
         return add_gated(x, gate2, self.down(swiglu(self.gate_up(modulate(x, shift2, scale2))))), own

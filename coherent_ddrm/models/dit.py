@@ -20,6 +20,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from coherent_ddrm.models.attention import EveryToken, Ragged, all_see, hole_sees, known_sees, token_levels
 from coherent_ddrm.models.block import Block, Plan, Rotary, modulate
@@ -59,7 +60,9 @@ class Context:
     rotary: Rotary
     past: list[tuple[Tensor, Tensor]] | None  # per block, keys and values of the known tokens, if they ran before
     allowed: list[Tensor | None]  # per block, who may look at whom; None = everybody at everybody
-    plans: list[Plan | None]  # per block
+    plans: list[Plan | None] | None  # per block; None = made of `plan_tokens` when needed
+    plan_tokens: Tensor | None = None  # (B, N, structure_dim)
+    everywhere: Rotary | None = None  # positions of plan_tokens
 
 
 class DiT(ModelMixin, ConfigMixin):
@@ -77,6 +80,7 @@ class DiT(ModelMixin, ConfigMixin):
     """
 
     per_pixel_time = True
+    _supports_gradient_checkpointing = True  # enable_gradient_checkpointing(): blocks keep their input alone
 
     @register_to_config
     def __init__(
@@ -106,6 +110,7 @@ class DiT(ModelMixin, ConfigMixin):
         if dim % heads or (dim // heads) % 4:
             raise ValueError(f"dim {dim} over {heads} heads: the head size must be a multiple of 4")
         self.schedule = make_schedule(schedule)
+        self.gradient_checkpointing = False
         hidden = 64 * round(dim * 8 / 3 / 64)  # SwiGLU: as many weights as an MLP of ratio 4
         pixels = patch * patch
         planned = structure_channels > 0
@@ -222,9 +227,11 @@ class DiT(ModelMixin, ConfigMixin):
             rotary=rotary,
             past=past,
             allowed=self._allowed(still, known_map, cached),
-            plans=[
-                None if plan_tokens is None else block.plan(plan_tokens, tokens, everywhere) for block in self.blocks
-            ],
+            plans=None
+            if self._recomputes
+            else [self._plan(block, plan_tokens, tokens, everywhere) for block in self.blocks],
+            plan_tokens=plan_tokens,
+            everywhere=everywhere,
         )
 
     @apply_forward_hook
@@ -239,12 +246,8 @@ class DiT(ModelMixin, ConfigMixin):
         )  # (B, C, H, W) each, scale (B, 1, H, W)
         x = context.embedding + self.embed_noisy(tokens.pack(patchify(centred, patch)))
         time_t, rows = self._time_rows(t, tokens)
-        for i, block in enumerate(self.blocks):
-            modulation = rows(block.modulation(time_t))
-            if still is not None:
-                modulation = torch.where(still, context.still_modulation[i], modulation)
-            past = None if context.past is None else context.past[i]
-            x, _ = block(x, modulation, tokens, context.rotary, context.plans[i], past, context.allowed[i])
+        for i in range(len(self.blocks)):
+            x = self._run(self._block, i, x, time_t, rows, context)
         shift, gain = rows(self.final_modulation(time_t)).chunk(2, dim=-1)
         features = self.final(modulate(x, shift, gain))
         features = features if still is None else features.masked_fill(still, 0)
@@ -265,6 +268,32 @@ class DiT(ModelMixin, ConfigMixin):
             )
         if hole.shape != x[:, :1].shape:
             raise ValueError(f"hole has shape {tuple(hole.shape)}; it must be {tuple(x[:, :1].shape)}, one per sample")
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether the backward pass computes each block again, instead of keeping what happened in it."""
+        return self.gradient_checkpointing and torch.is_grad_enabled()
+
+    def _run(self, function: Callable, *inputs: object) -> object:
+        if not self._recomputes:
+            return function(*inputs)
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing random in there
+
+    def _block(self, i: int, x: Tensor, time_t: Tensor, rows: Callable, context: Context) -> Tensor:
+        """Block i, with all that is made for it alone."""
+        block, tokens = self.blocks[i], context.tokens
+        modulation = rows(block.modulation(time_t))
+        if context.still is not None:
+            modulation = torch.where(context.still, context.still_modulation[i], modulation)
+        if context.plans is not None:
+            plan = context.plans[i]
+        else:
+            plan = self._plan(block, context.plan_tokens, tokens, context.everywhere)
+        past = None if context.past is None else context.past[i]
+        return block(x, modulation, tokens, context.rotary, plan, past, context.allowed[i])[0]
+
+    def _plan(self, block: Block, plan_tokens: Tensor | None, tokens: object, everywhere: Rotary) -> Plan | None:
+        return None if plan_tokens is None else block.plan(plan_tokens, tokens, everywhere)
 
     def _time_rows(self, t: Tensor, tokens: Ragged | EveryToken) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The time embedding that modulations are computed from, and how to lay these out for the packed rows.
@@ -305,10 +334,16 @@ class DiT(ModelMixin, ConfigMixin):
         centred, _, _ = precondition(self.schedule, x, zero, fill, known, self.config.data_std)
         h = tokens.pack(embedding) + self.embed_noisy(tokens.pack(patchify(centred, self.config.patch)))
         allowed, past = known_sees(tokens), []
+
+        def known_block(
+            block: Block, h: Tensor, modulation: Tensor, last: bool
+        ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            plan = self._plan(block, plan_tokens, tokens, everywhere)
+            return block(h, modulation, tokens, rotary, plan, allowed=allowed, keys_only=last)
+
         for i, block in enumerate(self.blocks):
-            plan = None if plan_tokens is None else block.plan(plan_tokens, tokens, everywhere)
             last = i == len(self.blocks) - 1  # nothing reads what known tokens become after the last block
-            h, own = block(h, modulation_0[i], tokens, rotary, plan, allowed=allowed, keys_only=last)
+            h, own = self._run(known_block, block, h, modulation_0[i], last)
             past.append(own)
         return past
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from coherent_ddrm.config import DiffusionRun, optimizer_options
+from coherent_ddrm.config import ConfigError, DiffusionRun, optimizer_options
 from coherent_ddrm.data import DecodedCache, ShardDataset
 from coherent_ddrm.examples import Examples, draw_times, example_settings, make_examples
 from coherent_ddrm.images import to_uint8
@@ -23,6 +23,7 @@ from coherent_ddrm.operators import Inpainting, Observation
 from coherent_ddrm.rng import keyed_generator, normal
 from coherent_ddrm.samplers import Coherent, sample
 from coherent_ddrm.schedule import add_noise, expand, time_grid
+from coherent_ddrm.sharding import shard
 from coherent_ddrm.sheets import contact_sheet, plan_preview
 from coherent_ddrm.tasks.auxiliary import Auxiliary
 from coherent_ddrm.training import Task
@@ -171,9 +172,16 @@ class DiffusionTask(Task):
         check_run(run, source, self.predictor)
         channels = 1 + self.num_labels if self.num_labels else 0
         net = make_dit(**asdict(run.model), structure_channels=channels).to(accelerator.device)
-        learner = Learner(adapt(start_from(net, run.init)), **optimizer_options(run))
+        net, objective = adapt(start_from(net, run.init)), Objective(net, run.objective.draws)
+        if run.optim.checkpointing:
+            net.enable_gradient_checkpointing()
+        if run.optim.shard and run.optim.optimizer == "muon":
+            raise ConfigError("optim.optimizer muon needs whole matrices; with optim.shard take adamw")
+        if run.optim.shard:
+            shard(objective, net, accelerator.mixed_precision == "bf16", run.optim.compile)
+        learner = Learner(net, **optimizer_options(run))
         self.objective, self.auxiliary = run.objective, Auxiliary(run, channels, accelerator)
-        learners, objectives = {"transformer": learner}, [Objective(net, run.objective.draws)]
+        learners, objectives = {"transformer": learner}, [objective]
         if self.auxiliary.learner is not None:
             learners["discriminator"] = self.auxiliary.learner
             objectives.append(self.auxiliary.judge)
@@ -223,7 +231,7 @@ class DiffusionTask(Task):
     def last_layer(self, shown: Pass, pulls: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each loss's gradient norm at the last layer's weight: one more pass, not compiled, at logged steps alone."""
         weight = self.main.net.last_layer
-        if not weight.requires_grad:  # frozen, beside an adapter
+        if not weight.requires_grad or self.main.spread:  # frozen, beside an adapter; or in pieces
             return {}
         with self.accelerator.autocast():
             x0_hat = self.bare.forward(*shown.inputs)
