@@ -1,6 +1,6 @@
 """A training step by number of processes: python tests/benchmarks/processes.py --data SHARDS OUT
 
-The whole loop of train/diffusion.py at the demo size, batch 32, not compiled, in turn, twice; the best ten steps of each.
+The whole loop of train/diffusion.py at the demo size, batch 32, not compiled, in turn, twice; best ten steps of each.
 """
 
 import argparse
