@@ -21,6 +21,7 @@ from torch import nn
 
 from coherent_ddrm import export as folders
 from coherent_ddrm import lora
+from coherent_ddrm.checkpoints import read_checkpoint
 from coherent_ddrm.config import (
     DataConfig,
     DiffusionObjective,
@@ -40,6 +41,7 @@ from coherent_ddrm.launch import as_it_is, check_run, make_accelerator
 from coherent_ddrm.models.dit import SIZES, DiT
 from coherent_ddrm.models.structure import StructurePredictor, predict_plan
 from coherent_ddrm.pipeline import CoherentInpaintPipeline
+from coherent_ddrm.run_folder import RunFolder
 from coherent_ddrm.tasks import diffusion, structure
 from coherent_ddrm.training import Task, fit
 from coherent_ddrm.validation import FixedSet, fixed_set
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from coherent_ddrm.finetune import Job
 
 BATCH = 16
+LOOKS = 10  # at the held-out pictures, of which the best is kept
 FULL_RATE, LORA_RATE = 2e-4, 1e-3  # a fifth of the rate from scratch; adapters start at nothing and need the whole
 COMPONENT = {"structure": "structure", "diffusion": "transformer"}  # stage -> its folder in a checkpoint
 
@@ -88,9 +91,13 @@ def guess_labels(job: Job, names: Sequence[str], device: torch.device, batch: in
 
 
 class Adapted(Task):
-    """Its export is plain weights, adapters merged into them; these lie beside, in adapter/."""
+    """Its export is the best of its validations, since few pictures are soon learned by heart: plain weights, adapters
+    merged into them; these lie beside, in adapter/."""
 
     def export(self, folder: Path) -> None:
+        runs = RunFolder(str(folder), None)
+        if (best := runs.best()[0]) is not None:
+            self.load(read_checkpoint(runs.checkpoints / best)[0])
         net = self.main.averaged()
         if lora.is_adapted(net):
             lora.save_adapter(net, folder / "adapter")
@@ -174,7 +181,7 @@ def _common(job: Job, stage: str) -> dict[str, Any]:
             batch=BATCH,
             ema=0.99,
         ),
-        log=LogConfig(every=10, validate=max(1, steps // 4), sheet=steps, save=100),
+        log=LogConfig(every=10, validate=max(1, steps // LOOKS), sheet=steps, save=100),
     )
 
 

@@ -1,0 +1,1 @@
+"""One command that scores everything alike: pictures and holes, methods, scores, statistics, report."""

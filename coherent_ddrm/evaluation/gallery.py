@@ -1,0 +1,177 @@
+"""The pictures and holes that all methods are given, as files, so that any program can fill them too.
+
+    OUT/truth/KEY.png   OUT/holes/KIND/KEY.png (white = missing)   OUT/results/METHOD/KIND/KEY.png   OUT/setting.json
+
+The setting is written first; another one in the same folder is refused, the same one goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from coherent_ddrm.data import DataError, ShardDataset
+from coherent_ddrm.errors import UserError
+from coherent_ddrm.export import read_json, write_atomic
+from coherent_ddrm.images import fit, read_hole, read_image, write_image
+from coherent_ddrm.masks import MAKERS, make_hole
+from coherent_ddrm.own_pictures import list_pictures
+
+SMALLEST_HOLE = 0.001  # share of the pixels; drawn again below
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every method is given alike."""
+
+    data: str  # folder of pictures, or of shards
+    masks: tuple[str, ...]  # names of makers, or NAME=FOLDER of masks named as the pictures
+    size: int  # side of the pictures, pixels
+    count: int  # pictures, spread evenly over the data; 0 = all
+    seed: int
+    candidates: int = 1  # results per picture and hole
+
+
+class Gallery:
+    """The files of one evaluation.
+
+    Args:
+        folder: where they lie.
+    """
+
+    def __init__(self, folder: Path, setting: Setting):
+        self.folder, self.setting = folder, setting
+
+    @cached_property
+    def kinds(self) -> dict[str, Path | None]:
+        """Kind of hole -> the folder its masks come from, None for a maker's."""
+        return dict(_kind(text) for text in self.setting.masks)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Names of the pictures, in order."""
+        return read_json(self.folder / "setting.json")["keys"]
+
+    def truth(self, key: str) -> np.ndarray:
+        """uint8 (R, R, 3)"""
+        return read_image(self.folder / "truth" / f"{key}.png")
+
+    def hole(self, kind: str, key: str) -> np.ndarray:
+        """bool (R, R), True = missing"""
+        return read_hole(self.folder / "holes" / kind / f"{key}.png")
+
+    def result(self, method: str, kind: str, key: str, candidate: int = 0) -> Path:
+        """Where a result lies."""
+        name = key if self.setting.candidates == 1 else f"{key}-{candidate + 1}"
+        return self.folder / "results" / method / kind / f"{name}.png"
+
+    def prepare(self) -> None:
+        """Write pictures, holes and setting, or check that they are there already.
+
+        Raises:
+            UserError: the folder holds another evaluation, or nothing can be read from the data.
+        """
+        wanted = json.loads(json.dumps(asdict(self.setting)))
+        file = self.folder / "setting.json"
+        if file.exists():
+            there = {k: v for k, v in read_json(file).items() if k in wanted}
+            if changed := [name for name in wanted if there.get(name) != wanted[name]]:
+                name = changed[0]
+                raise UserError(
+                    f"{self.folder} holds an evaluation with {name} {there.get(name)!r}, not {wanted[name]!r}; "
+                    "name another folder, or ask for the same"
+                )
+            return
+        keys = []
+        for key, picture in read_pictures(self.setting):
+            write_image(self.folder / "truth" / f"{key}.png", picture)
+            for kind, masks in self.kinds.items():
+                hole = self._make_hole(kind, masks, key, picture.shape[:2])
+                write_image(self.folder / "holes" / kind / f"{key}.png", np.uint8(255) * hole)
+            keys.append(key)
+        hashes = {kind: _hash_of(self.folder / "holes" / kind, keys) for kind in self.kinds}
+        facts = wanted | {"keys": keys, "truth_hash": _hash_of(self.folder / "truth", keys), "hole_hashes": hashes}
+        write_atomic(file, json.dumps(facts, indent=1).encode() + b"\n")
+
+    def _make_hole(self, kind: str, masks: Path | None, key: str, shape: tuple[int, int]) -> np.ndarray:
+        if masks is None:
+            seed = (self.setting.seed, zlib.crc32(key.encode()))
+            return make_hole(kind, *shape, seed=seed, area=(SMALLEST_HOLE, 1.0))
+        files = [file for file in masks.glob(f"{key}.*") if file.suffix.lower() in (".png", ".bmp", ".webp", ".gif")]
+        if len(files) != 1:
+            raise UserError(f"{masks}: {len(files)} masks named {key!r}; one is needed, as a lossless picture")
+        hole = fit(read_hole(files[0]).astype(np.uint8), self.setting.size, labels=True) > 0
+        if not hole.any():
+            raise UserError(f"{files[0]}: hides nothing; white = missing")
+        return hole
+
+
+def read_pictures(setting: Setting) -> Iterator[tuple[str, np.ndarray]]:
+    """(key, uint8 (R, R, 3)) of the pictures that are scored. UserError if there are none."""
+    root = Path(setting.data)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder of pictures or shards")
+    if (root / "manifest.json").is_file():
+        yield from _from_shards(root, setting)
+        return
+    names = list_pictures(root)
+    if not names:
+        raise UserError(f"{root}: no pictures and no shards in there")
+    taken: set[str] = set()
+    for i in _spread(len(names), setting.count):
+        key = _key(str(Path(names[i]).with_suffix("")))
+        if key in taken:
+            raise UserError(f"{root}: two pictures are called {key!r}; results are told apart by name")
+        taken.add(key)
+        yield key, fit(read_image(root / names[i]), setting.size)
+
+
+def _from_shards(root: Path, setting: Setting) -> Iterator[tuple[str, np.ndarray]]:
+    try:
+        shards = ShardDataset(root)
+    except DataError as error:
+        raise UserError(str(error)) from error
+    if shards.resolution != setting.size:
+        raise UserError(f"{root}: pictures of {shards.resolution} px, {setting.size} are wanted; give the photographs")
+    for i in _spread(len(shards), setting.count):
+        batch = shards.batch(np.array([i]))
+        yield _key(batch["key"][0]), batch["image"][0]
+
+
+def _spread(length: int, count: int) -> Sequence[int]:
+    """`count` places evenly over `length`, all of them for 0 or too many."""
+    return range(length) if not 0 < count < length else np.linspace(0, length - 1, count).astype(int).tolist()
+
+
+def _kind(text: str) -> tuple[str, Path | None]:
+    name, equals, folder = text.partition("=")
+    if equals:
+        if not Path(folder).is_dir() or _key(name) != name:
+            raise UserError(f"masks {text!r}: NAME=FOLDER, a plain name and a folder that is there")
+        return name, Path(folder)
+    if name not in MAKERS:
+        raise UserError(f"unknown kind of hole {name!r}: choose of {', '.join(sorted(MAKERS))}, or NAME=FOLDER")
+    return name, None
+
+
+def _key(text: str) -> str:
+    """A name that is safe as that of a file."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip(".") or "_"
+
+
+def _hash_of(folder: Path, keys: Sequence[str]) -> str:
+    """sha256 of the pixels of all pictures, whatever wrote the files."""
+    digest = hashlib.sha256()
+    for key in keys:
+        with Image.open(folder / f"{key}.png") as picture:
+            digest.update(np.asarray(picture).tobytes())
+    return digest.hexdigest()

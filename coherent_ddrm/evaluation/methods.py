@@ -1,0 +1,159 @@
+"""What fills holes, by name: our pipeline, every sampler on a prior, classical baselines.
+
+coherent    coherent:plan=none    repaint:jump_length=2:jump_samples=5    ddnm:steps=50:eta=1    telea
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coherent_ddrm.errors import UserError
+from coherent_ddrm.evaluation.baselines import BASELINES
+from coherent_ddrm.restore_jobs import parse_options
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Results of a batch, known pixels as given."""
+
+    pictures: np.ndarray  # uint8 (B, H, W, 3)
+    nfe: int  # evaluations of the rendering network, per result
+    seconds: float  # of the batch
+    memory: float | None  # MiB, the most that was in use; None where it cannot be told
+
+
+Fill = Callable[[np.ndarray, np.ndarray, list[int]], tuple[np.ndarray, int]]
+
+
+class Method:
+    """Fills (B, H, W, 3) uint8 pictures in their holes (B, H, W) bool, one seed each; what is under a hole is not read.
+
+    Args:
+        label: what it is called in files and tables.
+        fill: -> (uint8 pictures, evaluations per result).
+        device: whose memory is watched; None for the process's own.
+    """
+
+    def __init__(self, label: str, fill: Fill, device: torch.device | None = None):
+        self.label, self._fill, self.device = label, fill, device
+
+    def fill(self, pictures: np.ndarray, holes: np.ndarray, seeds: Sequence[int]) -> Filled:
+        gauge, start = Gauge(self.device), time.perf_counter()
+        filled, nfe = self._fill(np.where(holes[..., None], np.uint8(128), pictures), holes, list(seeds))
+        memory = gauge.read()
+        seconds = time.perf_counter() - start
+        return Filled(np.where(holes[..., None], filled, pictures), nfe, seconds, memory)
+
+
+class Makers:
+    """Methods from their names, the networks loaded once.
+
+    Args:
+        checkpoint: of our pipeline, or any prior that `load_prior` takes (then "coherent" is not to be had).
+        steps, shift: of every method's time grid; None = the method's own. An option of a method's comes first.
+    """
+
+    def __init__(self, checkpoint: str, device: torch.device, steps: int | None = None, shift: float | None = None):
+        self.checkpoint, self.device, self.steps, self.shift = checkpoint, device, steps, shift
+        self._loaded: dict[str, Any] = {}
+
+    def make(self, text: str) -> Method:
+        """The method that `text` describes. UserError for a name or an option that there is not."""
+        name, *parts = text.split(":")
+        options = parse_options(parts)
+        label = "_".join([name, *(part.replace("=", "-") for part in parts)])
+        if name in BASELINES:
+            if options:
+                raise UserError(f"{name} has no options, but {text!r} gives {', '.join(options)}")
+            return Method(label, _one_by_one(BASELINES[name]))
+        if name == "coherent" and options.get("plan") != "none":
+            if options.pop("plan", "predicted") != "predicted":
+                raise UserError(f"{text!r}: plan is predicted or none")
+            return Method(label, self._planned(options), self.device)
+        options.pop("plan", None)
+        return Method(label, self._restored(name, options), self.device)
+
+    def _grid(self, options: dict[str, Any]) -> dict[str, Any]:
+        steps, shift = options.pop("steps", self.steps), options.pop("shift", self.shift)
+        return {"num_inference_steps": steps, "shift": shift}
+
+    def _planned(self, options: dict[str, Any]) -> Fill:
+        """The two-stage pipeline."""
+        from coherent_ddrm.pipeline import CoherentInpaintPipeline
+
+        if "pipeline" not in self._loaded:
+            pipe = CoherentInpaintPipeline.from_pretrained(self.checkpoint).to(self.device)
+            pipe.set_progress_bar_config(disable=True)
+            self._loaded["pipeline"] = pipe
+        pipe, grid = self._loaded["pipeline"], self._grid(options)
+        known = ("eta", "structure_steps", "structure_scale", "resample")
+        if unknown := sorted(set(options) - set(known)):
+            raise UserError(f"coherent has no option {unknown[0]!r}; it has plan, steps, shift, {', '.join(known)}")
+
+        def fill(pictures: np.ndarray, holes: np.ndarray, seeds: list[int]) -> tuple[np.ndarray, int]:
+            done = pipe(list(pictures), list(holes), generator=seeds, **grid, **options)
+            return np.stack([np.asarray(image) for image in done.images]), done.nfe
+
+        return fill
+
+    def _restored(self, name: str, options: dict[str, Any]) -> Fill:
+        """A sampler on the checkpoint, or another prior, that is told nothing unless the method tells it."""
+        from coherent_ddrm.restoration import RestorationPipeline, check_options
+        from coherent_ddrm.samplers import RESTORERS
+
+        if name not in RESTORERS:
+            names = ", ".join([*RESTORERS, *BASELINES])
+            raise UserError(f"unknown method {name!r}: choose of {names}; NAME:OPTION=VALUE sets an option")
+        if "restoration" not in self._loaded:
+            self._loaded["restoration"] = RestorationPipeline.from_prior(self.checkpoint, self.device)
+        pipe, grid = self._loaded["restoration"], self._grid(options)
+        check_options(name, options)
+
+        def fill(pictures: np.ndarray, holes: np.ndarray, seeds: list[int]) -> tuple[np.ndarray, int]:
+            masks = list(np.uint8(255) * holes)
+            done = pipe(list(pictures), "inpainting", name, masks, generator=seeds, **grid, **options)
+            return np.stack([np.asarray(image.convert("RGB")) for image in done.images]), done.nfe
+
+        return fill
+
+
+class Gauge:
+    """The most memory in use since it was made: of a CUDA device, else of this process where Linux tells it."""
+
+    def __init__(self, device: torch.device | None):
+        self.cuda = device is not None and device.type == "cuda"
+        self.device = device
+        if self.cuda:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        try:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # starts the high-water mark anew
+        except OSError:
+            pass
+
+    def read(self) -> float | None:
+        """MiB"""
+        if self.cuda:
+            import torch
+
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        try:
+            with open("/proc/self/status") as file:
+                return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM"))
+        except (OSError, StopIteration):
+            return None
+
+
+def _one_by_one(baseline: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Fill:
+    return lambda pictures, holes, seeds: (np.stack([baseline(*one) for one in zip(pictures, holes, strict=True)]), 0)

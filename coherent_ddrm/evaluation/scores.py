@@ -1,0 +1,130 @@
+"""Scores of every result, read back from its PNG, beside the truth's PNG; kept per method and kind of hole."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coherent_ddrm.errors import UserError
+from coherent_ddrm.evaluation.gallery import Gallery
+from coherent_ddrm.evaluation.statistics import area_bin
+from coherent_ddrm.evaluation.work import records
+from coherent_ddrm.export import read_json, write_atomic
+from coherent_ddrm.images import read_image
+from coherent_ddrm.metrics import diversity, score_pairs, score_sets
+
+BATCH = 32
+FACTS = ("method", "mask", "key", "candidate", "hole_hash", "hole_share", "area", "nfe", "seconds", "memory")
+
+
+class Scorer:
+    """Scores results of a gallery.
+
+    Args:
+        networks: those that are to be had, by name, as metrics.available gives them.
+        wanted: names of scores; those on pairs that need no network are always there.
+    """
+
+    def __init__(
+        self, gallery: Gallery, networks: Mapping[str, nn.Module], wanted: Sequence[str], device: torch.device
+    ):
+        self.gallery, self.networks, self.device = gallery, networks, device
+        self.wanted = [name for name in wanted if name != "diversity"]
+        self.stamp = {name: getattr(net, "identity", "") for name, net in sorted(networks.items())}
+        self._real: dict[str, Tensor] | None = None
+
+    def pairs(self, label: str, kind: str) -> list[dict[str, Any]]:
+        """A row per result. UserError while some are missing."""
+        noted, rows = records(self.gallery, label, kind), []
+        if missing := [key for key in self.gallery.keys if key not in noted]:
+            raise UserError(f"{label}, {kind}: {len(missing)} results are missing, the first of {missing[0]!r}")
+        kept = self.gallery.folder / "results" / label / kind / "scores.json"
+        if kept.is_file() and (found := read_json(kept)).get("networks") == self.stamp:
+            return found["rows"]
+        count = self.gallery.setting.candidates
+        for first in range(0, len(self.gallery.keys), BATCH):
+            keys = self.gallery.keys[first : first + BATCH]
+            truth, hole = self._truth(keys), self._holes(kind, keys)
+            candidates = [self._results(label, kind, keys, k) for k in range(count)]
+            spread = diversity(torch.stack(candidates, dim=1), hole) if count > 1 else None
+            for k, result in enumerate(candidates):
+                scores = score_pairs(result, truth, hole, self.networks)
+                if spread is not None:
+                    scores["diversity"] = spread
+                rows += self._rows(label, kind, keys, k, hole, scores, noted)
+        write_atomic(kept, json.dumps({"networks": self.stamp, "rows": rows}).encode())
+        return rows
+
+    def sets(self, label: str, kind: str) -> tuple[dict[str, float], list[str]]:
+        """Scores of the whole set, and what is to be said of them."""
+        extractors = {name: net for name, net in self.networks.items() if hasattr(net, "features")}
+        if not extractors:
+            return {}, []
+        if self._real is None:
+            self._real = self._features(extractors, self._truth)
+        read = lambda keys: self._results(label, kind, keys, 0)  # noqa: E731
+        return score_sets(self.wanted, self._real, self._features(extractors, read))
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _features(self, extractors: Mapping[str, nn.Module], read: Any) -> dict[str, Tensor]:
+        keys, found = self.gallery.keys, {name: [] for name in extractors}
+        for first in range(0, len(keys), BATCH):
+            pictures = read(keys[first : first + BATCH])
+            for name, net in extractors.items():
+                found[name].append(net.features(pictures).float().cpu())
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def _rows(
+        self,
+        label: str,
+        kind: str,
+        keys: Sequence[str],
+        candidate: int,
+        hole: Tensor,
+        scores: Mapping[str, Tensor],
+        noted: Mapping[str, dict],
+    ) -> list[dict[str, Any]]:
+        values, rows = {name: value.double().cpu().tolist() for name, value in scores.items()}, []
+        for i, key in enumerate(keys):
+            share = float(hole[i].float().mean())
+            digest = hashlib.sha256(hole[i].cpu().numpy().astype(np.uint8).tobytes()).hexdigest()[:16]
+            facts = dict(method=label, mask=kind, key=key, candidate=candidate, hole_hash=digest, hole_share=share)
+            facts |= {"area": area_bin(share)} | {k: noted[key][k] for k in ("nfe", "seconds", "memory")}
+            rows.append(facts | {name: _finite(value[i]) for name, value in values.items()})
+        return rows
+
+    def _truth(self, keys: Sequence[str]) -> Tensor:
+        return self._stack([self.gallery.truth(key) for key in keys])
+
+    def _results(self, label: str, kind: str, keys: Sequence[str], candidate: int) -> Tensor:
+        return self._stack([read_image(self.gallery.result(label, kind, key, candidate)) for key in keys])
+
+    def _holes(self, kind: str, keys: Sequence[str]) -> Tensor:
+        return torch.from_numpy(np.stack([self.gallery.hole(kind, key) for key in keys]))[:, None].to(self.device)
+
+    def _stack(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().to(self.device)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """All rows as CSV, the facts first."""
+    names = [*FACTS, *dict.fromkeys(name for row in rows for name in row if name not in FACTS)]
+    beside = path.with_name(f".{path.name}.tmp")
+    with open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    beside.replace(path)
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
