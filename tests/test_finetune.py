@@ -17,12 +17,15 @@ from tiny import RESOLUTION, difference, make_hole, make_mask, make_picture, mak
 
 from coherent_ddrm import finetune as finetuning
 from coherent_ddrm import lora, own_pictures
+from coherent_ddrm.checkpoints import read_checkpoint
 from coherent_ddrm.cli import main
+from coherent_ddrm.dataset import ShardDataset
 from coherent_ddrm.errors import CheckpointError, UserError
 from coherent_ddrm.export import COMPONENTS, sha256, verify_manifest
 from coherent_ddrm.finetune import FineTune, carry_out, examine
 from coherent_ddrm.pipeline import CoherentInpaintPipeline
 from coherent_ddrm.shards import write_json
+from coherent_ddrm.tasks import diffusion
 
 NAMES = ["background", "cup", "hat"]
 RANK = 4
@@ -92,6 +95,35 @@ def test_a_folder_becomes_a_checkpoint_that_inpaints(work, tmp_path, monkeypatch
     assert main(["inpaint", "a.png", "mask.png", "-o", "b.png", "--checkpoint", str(work / "out"), "--seed", "0"]) == 0
     gap = difference(Image.open("b.png"), picture)
     assert (gap[~hole] == 0).all() and (gap[hole] > 0).mean() > 0.9
+
+
+def test_the_best_of_the_looks_is_kept(work, monkeypatch):
+    """Each look is worse than the one before, so the first counts, not the last."""
+    worse = iter(range(1000))
+    real = diffusion.Validation.scores
+    monkeypatch.setattr(diffusion.Validation, "scores", lambda self, net: real(self, net) | {"val_loss": next(worse)})
+    job = borrow_shards(work, ask(work, "best", steps=3))
+    carry_out(job, "cpu")
+    first, last = (read_checkpoint(job.run / "diffusion" / "checkpoints" / f"step-{i:08d}")[0]["ema"] for i in (1, 3))
+    kept = weights(job.out)
+    assert all(torch.equal(kept[key], first[key]) for key in first)
+    assert any(not torch.equal(kept[key], last[key]) for key in last)
+
+
+def test_maps_of_ones_own(work):
+    """--segmentation labels:DIR, from the maps of half of each picture to a checkpoint."""
+    (work / "maps").mkdir()
+    for path in (work / "pictures").glob("*.png"):
+        ids = np.zeros(np.asarray(Image.open(path)).shape[:2], np.uint8)
+        ids[:, 20:] = 2
+        Image.fromarray(ids).save(work / "maps" / path.name)
+    wanted = FineTune(work / "pictures", work / "mapped", checkpoint=work / "base", steps=1)
+    wanted.segmentation = f"labels:{work / 'maps'}"
+    job = examine(wanted)
+    report = carry_out(job, "cpu")
+    batch = ShardDataset(job.shards / "train").batch(np.array([0]))
+    assert set(np.unique(batch["segmentation"])) == {0, 2}
+    assert report["result_sha256"] == verify_manifest(work / "mapped")
 
 
 def test_what_is_told_of_it(work):
