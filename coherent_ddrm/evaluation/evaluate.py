@@ -1,0 +1,111 @@
+"""`coherent-ddrm evaluate`: every method on the same pictures, holes and noise; scores; the report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from coherent_ddrm.errors import UserError
+from coherent_ddrm.evaluation.gallery import Gallery, Setting
+from coherent_ddrm.evaluation.methods import Makers, Method
+from coherent_ddrm.evaluation.report import write_report
+from coherent_ddrm.evaluation.scores import Scorer
+from coherent_ddrm.evaluation.work import adopt, carry_out, ranks
+
+SCORES = ("lpips_alex", "lpips_vgg", "fid", "kid", "p_ids", "u_ids")  # those that need a network and can be asked for;
+SCORES += ("pd-clothing", "fid-clothing", "fid_infinity-clothing", "kid-clothing")  # the others are always there
+
+
+@dataclass
+class Evaluation:
+    """What is asked for."""
+
+    setting: Setting
+    methods: tuple[str, ...]
+    results: dict[str, Path]  # label -> folder of pictures that another program made
+    checkpoint: str
+    output: Path
+    scores: tuple[str, ...] = SCORES
+    weights: Path | None = None  # folder of weights for scores
+    steps: int | None = None
+    shift: float | None = None
+    batch: int = 16
+    device: str = "cpu"
+    command: str = ""
+    download: bool = True
+    published: dict[str, Any] | None = None
+
+
+def evaluate(wanted: Evaluation) -> Path | None:
+    """Do it, or go on with it; the report's path, None on all processes but the first.
+
+    Raises:
+        UserError: something asked for is not there, or does not fit what the folder holds.
+    """
+    import torch
+
+    from coherent_ddrm.metrics import available
+
+    device = torch.device(wanted.device)
+    gallery = Gallery(wanted.output, wanted.setting)
+    methods = make_methods(wanted, device)
+    labels = [method.label for method in methods] + list(wanted.results)
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise UserError(f"two methods are called {twice[0]!r}; results are told apart by name")
+    networks, notes = available(wanted.scores, wanted.weights, device, wanted.download)
+    rank, world = ranks()
+    state = PartialState(cpu=device.type == "cpu") if world > 1 else None
+    if rank == 0:
+        gallery.prepare()
+    _wait(state)
+    for method in methods:
+        carry_out(gallery, method, wanted.batch, rank, world)
+    _wait(state)
+    if rank:
+        return None
+    for label, folder in wanted.results.items():
+        adopt(gallery, label, folder)
+    scorer = Scorer(gallery, networks, wanted.scores, device)
+    rows, sets, said = [], {}, list(notes)
+    for label in labels:
+        for kind in gallery.kinds:
+            rows += scorer.pairs(label, kind)
+            sets[label, kind], more = scorer.sets(label, kind)
+            said += more
+    facts = {"command": wanted.command, "device": str(device), "checkpoint": Path(wanted.checkpoint).name}
+    facts |= {"networks of the scores": scorer.stamp or "none", "processes": world}
+    reference = labels[0]
+    return write_report(gallery, rows, sets, reference, facts, list(dict.fromkeys(said)), wanted.published)
+
+
+def make_methods(wanted: Evaluation, device: Any) -> list[Method]:
+    """All methods, their names checked before any work."""
+    makers = Makers(wanted.checkpoint, device, wanted.steps, wanted.shift)
+    return [makers.make(text) for text in wanted.methods]
+
+
+def parse_results(texts: Sequence[str]) -> dict[str, Path]:
+    """["lama=DIR", "other/"] -> folders by label; a folder without a name is called as it is."""
+    found: dict[str, Path] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        path = Path(folder if equals else text)
+        label = name if equals else path.resolve().name
+        if not path.is_dir():
+            raise UserError(f"--results {text!r}: {path} is no folder")
+        if not label or os.sep in label or label.startswith("."):
+            raise UserError(f"--results {text!r}: NAME=FOLDER, with a plain name")
+        if label in found:
+            raise UserError(f"--results: two folders are called {label!r}; write NAME=FOLDER")
+        found[label] = path
+    return found
+
+
+def _wait(state: PartialState | None) -> None:
+    if state is not None:
+        state.wait_for_everyone()
