@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_restore(verbs)
     _add_methods(verbs)
     _add_finetune(verbs)
+    _add_evaluate(verbs)
     _add_demo(verbs)
     return parser
 
@@ -175,6 +176,50 @@ def _add_finetune(verbs: Any) -> None:
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if there is one)"
     )
     verb.set_defaults(run=finetune)
+
+
+def _add_evaluate(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        "evaluate",
+        help="score methods on the same pictures, holes and noise, and write a report",
+        description="Fill holes in the pictures of DATA by every method, score them, write report.html, results.json, "
+        "results.md and scores.csv. The same command again goes on. `accelerate launch` shares the work out.",
+    )
+    verb.add_argument("--data", required=True, metavar="DIR", help="folder of pictures, or of shards")
+    verb.add_argument("-o", "--output", required=True, metavar="REPORT", help="folder for pictures and report")
+    verb.add_argument(
+        "--masks", metavar="A,B,...", help="kinds of holes, or NAME=FOLDER of masks (default: lama-thick,half)"
+    )
+    verb.add_argument(
+        "--methods",
+        default="",
+        metavar="A,B,...",
+        help="coherent, samplers, telea, navier-stokes, biharmonic; options behind colons: repaint:jump_length=2. The "
+        "others are tested against the first (default: coherent,ddnm,telea; with --results: none)",
+    )
+    verb.add_argument(
+        "--results",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="score what another program made of REPORT/truth and REPORT/holes: DIR/KIND/NAME.png; may be repeated",
+    )
+    verb.add_argument("--protocol", metavar="NAME", help="a published one: its holes, size, count and scores")
+    verb.add_argument("--checkpoint", metavar="DIR", help="our checkpoint, or any prior (default: the shipped one)")
+    verb.add_argument("--count", type=positive, metavar="N", help="pictures, spread over the data (default: all)")
+    verb.add_argument("--size", type=positive, metavar="PX", help="default: the protocol's or the checkpoint's")
+    verb.add_argument("--candidates", type=positive, default=1, metavar="K", help="results per hole, for diversity")
+    verb.add_argument("--scores", metavar="A,B,...", help="of those that need a network: lpips_alex, fid-clothing, ...")
+    verb.add_argument("--weights", metavar="DIR", help="folder with the weights of LPIPS and Inception")
+    verb.add_argument("--offline", action="store_true", help="never try to fetch weights of scores")
+    verb.add_argument("--steps", type=positive, metavar="N", help="of every method (default: each one's own)")
+    verb.add_argument("--shift", type=float, metavar="S", help="of every method's times (default: each one's own)")
+    verb.add_argument("--batch-size", type=positive, default=16, metavar="N", help="default 16")
+    verb.add_argument("--seed", type=natural, default=0, metavar="N", help="of holes and noise (default 0)")
+    verb.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if there is one)"
+    )
+    verb.set_defaults(run=evaluate)
 
 
 def _add_demo(verbs: Any) -> None:
@@ -298,6 +343,27 @@ def finetune(args: argparse.Namespace) -> int:
     report = carry_out(job, usable_device(args.device))
     print(table(report))
     print(f"{args.output}: {report['seconds']['all']:.0f} seconds, seed {args.seed}")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Check what is asked for, fill, score, report."""
+    import importlib.util
+
+    for module, package in {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "jinja2": "jinja2"}.items():
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"evaluate needs {package}; install it with: pip install 'coherent-ddrm[evaluate]'")
+    from coherent_ddrm.evaluation.asked import understand
+
+    wanted = understand(args)
+    quiet()
+    wanted.device = str(usable_device(args.device))
+    from coherent_ddrm.evaluation.evaluate import evaluate as carry_out
+
+    with memory_limits("--batch-size"):
+        report = carry_out(wanted)
+    if report is not None:
+        print(f"{report}; tables in results.md, all scores in scores.csv")
     return 0
 
 

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 from coherent_ddrm.errors import UserError
-from coherent_ddrm.evaluation.gallery import Gallery, Setting
+from coherent_ddrm.evaluation.asked import Evaluation
+from coherent_ddrm.evaluation.gallery import Gallery
 from coherent_ddrm.evaluation.methods import Makers, Method
 from coherent_ddrm.evaluation.report import write_report
 from coherent_ddrm.evaluation.scores import Scorer
 from coherent_ddrm.evaluation.work import adopt, carry_out, ranks
-
-SCORES = ("lpips_alex", "lpips_vgg", "fid", "kid", "p_ids", "u_ids")  # those that need a network and can be asked for;
-SCORES += ("pd-clothing", "fid-clothing", "fid_infinity-clothing", "kid-clothing")  # the others are always there
-
-
-@dataclass
-class Evaluation:
-    """What is asked for."""
-
-    setting: Setting
-    methods: tuple[str, ...]
-    results: dict[str, Path]  # label -> folder of pictures that another program made
-    checkpoint: str
-    output: Path
-    scores: tuple[str, ...] = SCORES
-    weights: Path | None = None  # folder of weights for scores
-    steps: int | None = None
-    shift: float | None = None
-    batch: int = 16
-    device: str = "cpu"
-    command: str = ""
-    download: bool = True
-    published: dict[str, Any] | None = None
 
 
 def evaluate(wanted: Evaluation) -> Path | None:
@@ -87,23 +62,6 @@ def make_methods(wanted: Evaluation, device: Any) -> list[Method]:
     """All methods, their names checked before any work."""
     makers = Makers(wanted.checkpoint, device, wanted.steps, wanted.shift)
     return [makers.make(text) for text in wanted.methods]
-
-
-def parse_results(texts: Sequence[str]) -> dict[str, Path]:
-    """["lama=DIR", "other/"] -> folders by label; a folder without a name is called as it is."""
-    found: dict[str, Path] = {}
-    for text in texts:
-        name, equals, folder = text.partition("=")
-        path = Path(folder if equals else text)
-        label = name if equals else path.resolve().name
-        if not path.is_dir():
-            raise UserError(f"--results {text!r}: {path} is no folder")
-        if not label or os.sep in label or label.startswith("."):
-            raise UserError(f"--results {text!r}: NAME=FOLDER, with a plain name")
-        if label in found:
-            raise UserError(f"--results: two folders are called {label!r}; write NAME=FOLDER")
-        found[label] = path
-    return found
 
 
 def _wait(state: PartialState | None) -> None:

@@ -12,7 +12,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -21,24 +21,13 @@ from PIL import Image
 
 from coherent_ddrm.data import DataError, ShardDataset
 from coherent_ddrm.errors import UserError
+from coherent_ddrm.evaluation.setting import Setting
 from coherent_ddrm.export import read_json, write_atomic
 from coherent_ddrm.images import fit, read_hole, read_image, write_image
 from coherent_ddrm.masks import MAKERS, make_hole
 from coherent_ddrm.own_pictures import list_pictures
 
 SMALLEST_HOLE = 0.001  # share of the pixels; drawn again below
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What every method is given alike."""
-
-    data: str  # folder of pictures, or of shards
-    masks: tuple[str, ...]  # names of makers, or NAME=FOLDER of masks named as the pictures
-    size: int  # side of the pictures, pixels
-    count: int  # pictures, spread evenly over the data; 0 = all
-    seed: int
-    candidates: int = 1  # results per picture and hole
 
 
 class Gallery:

@@ -1,0 +1,108 @@
+"""From the command line to what is asked of an evaluation; everything that can be checked without torch is."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from coherent_ddrm.errors import UserError
+from coherent_ddrm.evaluation.protocols import Protocol, describe, find_protocol
+from coherent_ddrm.evaluation.setting import Setting
+from coherent_ddrm.export import INDEX, default_checkpoint, read_facts
+
+MASKS = ("lama-thick", "half")
+METHODS = ("coherent", "ddnm", "telea")
+SCORES = ("lpips_alex", "lpips_vgg", "fid", "kid", "p_ids", "u_ids")  # those that need a network and can be asked for;
+SCORES += ("pd-clothing", "fid-clothing", "fid_infinity-clothing", "kid-clothing")  # the others are always there
+
+
+@dataclass
+class Evaluation:
+    """What is asked for."""
+
+    setting: Setting
+    methods: tuple[str, ...]
+    results: dict[str, Path]  # label -> folder of pictures that another program made
+    checkpoint: str
+    output: Path
+    scores: tuple[str, ...] = SCORES
+    weights: Path | None = None  # folder of weights for scores
+    steps: int | None = None
+    shift: float | None = None
+    batch: int = 16
+    device: str = "cpu"
+    command: str = ""
+    download: bool = True
+    published: dict[str, Any] | None = None
+
+
+def understand(args: Namespace) -> Evaluation:
+    """UserError for what does not fit together."""
+    protocol = None if args.protocol is None else find_protocol(args.protocol)
+    masks = _words(args.masks) or (tuple(protocol.masks) if protocol else MASKS)
+    methods = _words(args.methods) or (() if args.results else METHODS)
+    checkpoint = str(args.checkpoint or default_checkpoint())
+    size = args.size or (protocol.resolution if protocol else _resolution(checkpoint))
+    count = args.count or 0
+    setting = Setting(str(args.data), masks, size, count, args.seed, args.candidates)
+    scores = _words(args.scores) or (_of(protocol) if protocol else SCORES)
+    return Evaluation(
+        setting,
+        methods,
+        parse_results(args.results),
+        checkpoint,
+        Path(args.output),
+        scores,
+        None if args.weights is None else Path(args.weights),
+        args.steps,
+        args.shift,
+        args.batch_size,
+        command="coherent-ddrm " + shlex.join(sys.argv[1:]),
+        download=not args.offline,
+        published=None if protocol is None else told(protocol, masks),
+    )
+
+
+def told(protocol: Protocol, masks: Sequence[str]) -> dict[str, Any]:
+    """What a report says of a protocol: its title, how it scores, what papers report for these holes."""
+    rows = [asdict(row) for row in protocol.published if row.mask in masks]
+    rows = [row | {"value": row["printed"]} for row in rows]
+    return {"title": protocol.title, "text": describe(protocol), "rows": rows}
+
+
+def parse_results(texts: Sequence[str]) -> dict[str, Path]:
+    """["lama=DIR", "other/"] -> folders by label; a folder without a name is called as it is."""
+    found: dict[str, Path] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        path = Path(folder if equals else text)
+        label = name if equals else path.resolve().name
+        if not path.is_dir():
+            raise UserError(f"--results {text!r}: {path} is no folder")
+        if not label or os.sep in label or label.startswith("."):
+            raise UserError(f"--results {text!r}: NAME=FOLDER, with a plain name")
+        if label in found:
+            raise UserError(f"--results: two folders are called {label!r}; write NAME=FOLDER")
+        found[label] = path
+    return found
+
+
+def _of(protocol: Protocol) -> tuple[str, ...]:
+    """Those of its scores that need a network."""
+    return tuple(name for name in protocol.metrics if name in SCORES)
+
+
+def _resolution(checkpoint: str) -> int:
+    if not (Path(checkpoint) / INDEX).is_file():
+        raise UserError(f"--size is needed: {checkpoint} is no checkpoint of ours that would tell it")
+    return read_facts(Path(checkpoint)).resolution
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
