@@ -84,8 +84,10 @@ class OwnNetwork(nn.Module):
 
     @torch.no_grad()
     def maps(self, x: Tensor, truth: Tensor) -> list[Tensor]:
-        """Half the squared difference of unit feature vectors, which is 1 - their cosine, over the number of layers; the
-        sum of the layers is in [0, 2]. (B, 1, h, w) each. A place where no feature fires has the zero vector."""
+        """Half the squared difference of unit feature vectors (1 - their cosine) over the number of layers.
+
+        (B, 1, h, w) each; their sum is in [0, 2]. A place where no feature fires has the zero vector.
+        """
         ours, theirs = self._layers(_to_unit(x)), self._layers(_to_unit(truth))
         pairs = zip(ours, theirs, strict=True)
         unit = F.normalize  # over channels

@@ -11,11 +11,17 @@ from torch import Tensor
 from coherent_ddrm import saliency, structure_losses, structure_maps
 
 EDGE = 0.25  # strength from which a soft edge counts, in both pictures
+AT_ONCE = 2**16  # pixels whose edges are found together: more are slower, out of the processor's cache
 
 
 def edge_maps(images: Tensor) -> Tensor:
     """Soft edges of uint8 (B, 3, H, W), (B, 1, H, W) in [0, 1]: stage one's targets, from the picture at twice its
     size (bicubic)."""
+    parts = images.split(max(1, AT_ONCE // (images.shape[-2] * images.shape[-1])))
+    return torch.cat([_edges(part) for part in parts])
+
+
+def _edges(images: Tensor) -> Tensor:
     double = F.interpolate(images.float(), scale_factor=2, mode="bicubic", align_corners=False)
     pixels = double.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return torch.from_numpy(structure_maps.edges(pixels))[:, None].to(images.device) / 255
