@@ -1,5 +1,7 @@
 """Scores of pictures in pairs, against scikit-image and against pictures whose score is known by hand."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from coherent_ddrm.metrics import (
     sharpness,
     ssim,
 )
+from coherent_ddrm.metrics.sources import FILES
 from coherent_ddrm.operators import AveragePooling, Inpainting
 
 
@@ -185,3 +188,11 @@ def test_l1_of_a_part():
     x, truth = (tensor(v).float() / 255 for v in noisy_pair())
     where = rectangle(40, 48, slice(0, 10), slice(0, 48))
     torch.testing.assert_close(l1(x, truth, where), (x - truth)[..., :10, :].abs().mean()[None])
+
+
+def test_the_page_tells_every_score_and_file():
+    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    for name in METRICS:
+        assert f"`{name}" in page, name
+    for url in FILES.values():
+        assert f"`{url.rpartition('/')[2]}`" in page

@@ -135,15 +135,18 @@ def test_svm_scores_of_few_pictures_are_refused():
 
 
 def test_score_sets_leaves_out_what_would_mislead():
-    real, fake = {"clothing": normal(150, 64, 0)}, {"clothing": normal(150, 64, 1)}
+    real, fake = {"clothing": normal(1200, 16, 0)}, {"clothing": normal(1200, 16, 1)}
+    few = lambda count, dimensions: ({"clothing": x["clothing"][:count, :dimensions]} for x in (real, fake))  # noqa: E731
     wanted = ["psnr", "fid", "fid-clothing", "fid_infinity-clothing", "kid-clothing", "p_ids-clothing"]
-    scores, notes = score_sets(wanted, real, fake)
-    assert set(scores) == {"fid-clothing", "kid-clothing", "kid_spread-clothing"} | {
-        "fid_infinity-clothing",
-        "fid_infinity_spread-clothing",
+    scores, notes = score_sets(wanted, *few(300, 16))
+    assert set(scores) == {
+        base + spread + "-clothing" for base in ("kid", "fid_infinity") for spread in ("", "_spread")
     }
-    assert len(notes) == 2 and "fid-clothing: 150 pictures at 64" in notes[0] and "left out: p_ids-" in notes[1]
-    scores, notes = score_sets(["fid-clothing"], *({"clothing": x["clothing"][:127]} for x in (real, fake)))
-    assert not scores and "128 or more" in notes[0]
-    scores, notes = score_sets(["fid-clothing"], *({"clothing": x["clothing"][:, :8]} for x in (real, fake)))
-    assert scores["fid-clothing"] == fid(real["clothing"][:, :8], fake["clothing"][:, :8]) and not notes
+    assert len(notes) == 2 and "left out: fid-clothing: 300 pictures" in notes[0] and "left out: p_ids-" in notes[1]
+    scores, notes = score_sets(["fid-clothing"], real, fake)
+    assert scores == {"fid-clothing": fid(real["clothing"], fake["clothing"])} and not notes
+    wide = normal(1100, 1100, 2)
+    assert "1101 or more" in score_sets(["fid-wide"], {"wide": wide}, {"wide": wide})[1][0]
+    wide = wide[:, :120]
+    scores, notes = score_sets(["fid-wide"], {"wide": wide}, {"wide": wide})
+    assert scores["fid-wide"] == pytest.approx(0, abs=1e-9) and "comparable at this count alone" in notes[0]

@@ -12,6 +12,8 @@ from coherent_ddrm.metrics.frechet import fid, fid_infinity
 from coherent_ddrm.metrics.kernel import kid
 from coherent_ddrm.metrics.table import ON_SETS, network_of, split
 
+FEWEST = 1000  # pictures of an FID
+
 
 def score_sets(
     wanted: Iterable[str], real: Mapping[str, Tensor], fake: Mapping[str, Tensor]
@@ -46,12 +48,13 @@ def score_sets(
 
 
 def _refuse_few(real: Tensor, fake: Tensor) -> None:
-    """FID at N below 2 d is mostly bias: its covariance has been seen along too few directions."""
+    """FID of too few pictures is mostly bias: its covariances have not been seen along every direction."""
     count, dimensions = min(len(real), len(fake)), real.shape[1]
-    if count < 2 * dimensions:
+    fewest = max(FEWEST, dimensions + 1)
+    if count < fewest:
         raise UserError(
-            f"{count} pictures at {dimensions} features: FID is then mostly bias, {2 * dimensions} or more are "
-            "needed; use fid_infinity or kid"
+            f"{count} pictures at {dimensions} features: FID is then mostly bias, {fewest} or more are needed; use "
+            "fid_infinity or kid"
         )
 
 
