@@ -87,6 +87,10 @@ class Classifier(ModelMixin, ConfigMixin):
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Logits. x: (B, 3, H, W) in [-1, 1]; t: (B,) if `timed`, not read otherwise -> (B, num_classes) fp32."""
+        return self.net(self.prepared(x, t)).float()
+
+    def prepared(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        """The network's own input: its range and size, and its channel for t if `timed`. Arguments as `forward`."""
         mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.config.mean, self.config.std))
         x = x * (0.5 / std) + (0.5 - mean) / std
         if self.config.size is not None:
@@ -96,7 +100,7 @@ class Classifier(ModelMixin, ConfigMixin):
             if t is None:
                 raise ValueError("this classifier was trained on noisy pictures: it needs t, (B,); 0 = no noise")
             x = torch.cat([x, expand(2 * t - 1, x).expand_as(x[:, :1])], dim=1)
-        return self.net(x).float()
+        return x
 
     def log_prob(self, x: Tensor, labels: int | Tensor, t: Tensor | None = None) -> Tensor:
         """log p(label | x), (B,). labels: one for all, or (B,) integers."""

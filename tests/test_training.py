@@ -18,7 +18,6 @@ from coherent_ddrm.data import ids_for_step, open_dataset
 from coherent_ddrm.examples import draw_times, logit_normal_time, make_examples
 from coherent_ddrm.learner import EMA, Learner, learning_rate, make_optimizers
 from coherent_ddrm.losses import diffusion_loss, hole_mean, min_snr_weight, v_weight
-from coherent_ddrm.metrics import l1, psnr, seam, ssim
 from coherent_ddrm.models.dit import make_dit
 from coherent_ddrm.run_folder import RunFolder
 from coherent_ddrm.run_log import Log
@@ -172,39 +171,12 @@ def test_diffusion_loss_by_hand():
     torch.testing.assert_close(snr, torch.tensor([1.0, 5.0]))
 
 
-def test_metrics_against_scikit_image():
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-
-    generator = np.random.default_rng(0)
-    truth = generator.random((40, 48, 3))
-    x = np.clip(truth + 0.1 * generator.standard_normal(truth.shape), 0, 1)
-    a, b = (torch.from_numpy(v).permute(2, 0, 1)[None] for v in (x, truth))
-    assert float(psnr(a, b)) == pytest.approx(peak_signal_noise_ratio(truth, x, data_range=1), abs=1e-4)
-    theirs = structural_similarity(
-        truth, x, data_range=1, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-    )
-    assert float(ssim(a, b)) == pytest.approx(theirs, abs=2e-3)
-    where = torch.zeros(1, 1, 40, 48)
-    where[..., :10] = 1
-    assert float(l1(a, b, where)) == pytest.approx(np.abs(x - truth)[:, :10].mean(), abs=1e-6)
-
-
 # ---- both scripts ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     return disc_shards(tmp_path_factory.mktemp("discs"))
-
-
-def test_seam_counts_the_step_at_the_border_alone():
-    truth = torch.rand(2, 3, 8, 10, generator=torch.Generator().manual_seed(0))
-    hole = torch.zeros(2, 1, 8, 10)
-    hole[0, :, :, 5:] = 1
-    pairs = 3 * 8 + 2 * 7  # across and beside the border, and along its two columns
-    expected = torch.tensor([0.25 * 8 / pairs, 0.0])
-    torch.testing.assert_close(seam(truth + 0.25 * hole, truth, hole), expected)
-    assert not seam(truth, truth, hole).any()
 
 
 def test_both_stages_train_validate_and_resume(tmp_path, shards):

@@ -17,9 +17,9 @@ from torch import Tensor
 from coherent_ddrm.classifier import load_classifier
 from coherent_ddrm.data import open_dataset
 from coherent_ddrm.images import to_tensor, to_uint8, write_image
-from coherent_ddrm.losses import hole_mean, perceptual_loss
+from coherent_ddrm.losses import perceptual_loss
 from coherent_ddrm.masks import make_holes
-from coherent_ddrm.metrics import l1, psnr, seam, ssim
+from coherent_ddrm.metrics import l1, psnr, seam, sharpness, ssim
 from coherent_ddrm.models.dit import DiT, InContext
 from coherent_ddrm.models.perceptual import load_perceptual
 from coherent_ddrm.models.structure import StructurePredictor, predict_plan
@@ -28,19 +28,6 @@ from coherent_ddrm.rng import keyed_generator, normal
 from coherent_ddrm.samplers import Coherent, sample
 from coherent_ddrm.schedule import time_grid
 from coherent_ddrm.sheets import contact_sheet
-
-
-def gradient_magnitude(x: Tensor) -> Tensor:
-    """Length of the forward differences, a mean over channels. (B, C, H, W) -> (B, 1, H - 1, W - 1)"""
-    across, down = x[..., :-1, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, :-1]
-    return (across**2 + down**2).sqrt().mean(dim=1, keepdim=True)
-
-
-def sharpness(x: Tensor, truth: Tensor, hole: Tensor) -> Tensor:
-    """Mean gradient magnitude in the hole over the truth's there, (B,)."""
-    inside = hole[..., :-1, :-1]
-    ours, theirs = (hole_mean(gradient_magnitude(v), inside) for v in (x, truth))
-    return ours / theirs.clamp(min=1e-6)
 
 
 @torch.no_grad()

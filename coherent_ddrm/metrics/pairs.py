@@ -1,0 +1,57 @@
+"""Every score of a result beside its truth, picture by picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from coherent_ddrm.metrics.colour import mirror_agreement, surround_agreement
+from coherent_ddrm.metrics.consistency import changed
+from coherent_ddrm.metrics.gradients import seam, sharpness
+from coherent_ddrm.metrics.perceptual import hole_distance, whole_distance
+from coherent_ddrm.metrics.pixels import l1, psnr, ssim
+from coherent_ddrm.metrics.structure import edge_f1
+
+
+@torch.no_grad()
+def score_pairs(
+    result: Tensor, truth: Tensor, hole: Tensor, networks: Mapping[str, nn.Module] | None = None
+) -> dict[str, Tensor]:
+    """Scores by name, (B,) float each, of composited 8-bit pictures; nan where one has no meaning (an empty hole).
+
+    Args:
+        result, truth: uint8 (B, 3, H, W).
+        hole: (B, 1, H, W), 1 = missing.
+        networks: as `available` gave them; those that compare pictures add lpips_alex, lpips_vgg, pd-NAME.
+    """
+    _check(result, truth, hole)
+    hole = hole.to(device=result.device, dtype=torch.float32)
+    x, x0 = result.float() / 255, truth.float() / 255
+    scores = {}
+    for name, metric in dict(psnr=psnr, ssim=ssim, l1=l1).items():
+        scores[name], scores[name + "_hole"] = metric(x, x0), metric(x, x0, hole)
+    for network, net in (networks or {}).items():
+        if hasattr(net, "maps"):
+            name = network if network.startswith("lpips_") else f"pd-{network}"
+            maps = net.maps(result, truth)
+            scores[name], scores[name + "_hole"] = whole_distance(maps), hole_distance(maps, hole)
+    scores["seam"] = seam(x, x0, hole)
+    scores["sharpness"] = sharpness(x, x0, hole)
+    scores["edge_f1"] = edge_f1(result, truth, hole)
+    scores["surround_agreement"] = surround_agreement(result, hole)
+    scores["mirror_agreement"] = mirror_agreement(result, hole)
+    scores["changed"] = changed(result, truth, hole).float()
+    return scores
+
+
+def _check(result: Tensor, truth: Tensor, hole: Tensor) -> None:
+    batch, _, height, width = shape = tuple(result.shape)
+    if result.dtype != torch.uint8 or truth.dtype != torch.uint8 or shape != tuple(truth.shape) or shape[1] != 3:
+        raise ValueError(
+            f"score_pairs() takes uint8 (B, 3, H, W) twice, got {result.dtype} {shape}, "
+            f"{truth.dtype} {tuple(truth.shape)}"
+        )
+    if tuple(hole.shape) != (batch, 1, height, width):
+        raise ValueError(f"the hole is {(batch, 1, height, width)} beside such pictures, got {tuple(hole.shape)}")
