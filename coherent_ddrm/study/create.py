@@ -158,14 +158,12 @@ def _write(files: Files, folder: Path, with_catch: bool) -> Picture:
 
 
 def broken(truth: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """A result that nobody prefers: (h, w, 3) uint8 with blocks of noise in the hole, far from the truth's colours."""
+    """A result that nobody prefers: (h, w, 3) uint8 with coloured blocks of noise in the hole."""
     height, width = hole.shape
     block = max(1, max(height, width) // 16)
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (height // block + 1, width // block + 1, 3), dtype=np.uint8)
-    noise = noise.repeat(block, 0).repeat(block, 1)[:height, :width]
-    opposite = (truth.astype(np.int32) + 128) % 256
-    return np.where(hole[..., None], (noise.astype(np.int32) + opposite) // 2, truth).astype(np.uint8)
+    shape = (height // block + 1, width // block + 1, 3)
+    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8).repeat(block, 0).repeat(block, 1)
+    return np.where(hole[..., None], noise[:height, :width], truth)
 
 
 def _with_hole(truth: np.ndarray, hole: np.ndarray) -> np.ndarray:

@@ -124,6 +124,11 @@
     at("again").focus();
   }
 
+  function open(yes) {
+    shownAt = yes ? performance.now() : null;
+    at("ask").setAttribute("aria-busy", String(!yes));
+  }
+
   const source = (id) => `pictures/${id}.png`;
 
   function enter(sheet) {
@@ -134,9 +139,9 @@
   async function ask(next) {
     position = next;
     if (position >= questions.length) return finish();
-    shownAt = null;
+    open(false);
     show("ask");
-    at("ask").classList.add("waiting");
+    at("ask").className = "loading";
     for (const side of ["left", "right"]) at(side).classList.remove("chosen");
     at("count").textContent = `Question ${position + 1} of ${questions.length}`;
     at("progress").max = questions.length;
@@ -152,37 +157,40 @@
       return trouble(new Error("a picture could not be loaded"), () => ask(position));
     }
     fit();
-    await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
-    at("ask").classList.remove("waiting");
-    shownAt = performance.now();
+    at("ask").classList.remove("loading");
+    await new Promise((done) => requestAnimationFrame(() => setTimeout(done))); // until they are painted
+    open(true);
     for (const part of Object.values(questions[position + 1] ?? {})) new Image().src = source(part);
   }
 
-  // Whole multiples of the picture's own size where it fits, so that small pictures stay sharp.
+  // A picture pixel takes a whole number of screen pixels where there is room, so that small pictures stay sharp.
   function fit() {
     const { naturalWidth: width, naturalHeight: height } = at("left-picture");
     if (!width) return;
     const ask = at("ask");
-    const wide = (ask.clientWidth - 120) / 2 / width;
-    const high = (innerHeight - 300) / 1.5 / height;
-    const most = Math.max(Math.min(wide, high), 96 / Math.max(width, height));
-    const scale = most >= 1 ? Math.floor(most) : most;
-    const small = scale >= 2 ? Math.floor(scale / 2) : scale / 2;
+    const whole = (scale) => {
+      const dots = Math.max(scale, 64 / Math.max(width, height)) * devicePixelRatio;
+      return (dots >= 1 ? Math.floor(dots) : dots) / devicePixelRatio;
+    };
+    const wide = (ask.clientWidth - 90) / 2 / width;
+    const high = (innerHeight - 195) / 1.5 / height; // 195: all that is no picture
+    const scale = whole(Math.min(wide, high));
+    const small = whole(scale / 2);
     for (const [selector, factor] of [["#left-picture, #right-picture", scale], ["#truth, #input", small]]) {
       for (const image of ask.querySelectorAll(selector)) {
-        image.style.setProperty("--width", `${Math.round(width * factor)}px`);
-        image.style.setProperty("--height", `${Math.round(height * factor)}px`);
+        image.style.setProperty("--width", `${width * factor}px`);
+        image.style.setProperty("--height", `${height * factor}px`);
       }
     }
-    ask.classList.toggle("pixels", scale >= 2);
+    ask.classList.toggle("pixels", scale * devicePixelRatio >= 2);
   }
 
   async function choose(side) {
     if (shownAt === null || at("ask").hidden) return;
     const answer = { position, choice: side, milliseconds: Math.min(86400000, Math.round(performance.now() - shownAt)) };
-    shownAt = null;
+    open(false);
     at(side).classList.add("chosen");
-    at("ask").classList.add("waiting");
+    at("ask").classList.add("given");
     await keep(answer);
   }
 
