@@ -11,12 +11,15 @@ import hashlib
 import secrets
 import sqlite3
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from coherent_ddrm.errors import UserError
 
 FILE = "answers.sqlite"
 DAY = 24 * 3600 * 1000  # the longest response time that is believed, in milliseconds
@@ -84,13 +87,18 @@ class Answer:
 
 
 class Answers:
-    """The answers of one study. Every method may be called from any thread or process."""
+    """The answers of one study, in `folder`. UserError if there can be no database. Every method may be called from any thread or process."""
 
     def __init__(self, folder: Path):
         self.path = folder / FILE
-        with self._connected() as database:
-            database.execute("PRAGMA journal_mode = WAL")
-            database.executescript(SCHEMA)
+        try:
+            # Stays open, unused: when the last connection closes, SQLite empties the log, which takes several writes.
+            kept_open = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            weakref.finalize(self, kept_open.close)
+            kept_open.execute("PRAGMA journal_mode = WAL")
+            kept_open.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path} cannot be used ({error}); it must be writable and on a local disk") from error
 
     def admit(self, most: int) -> str:
         """A new rater on the next sheet; returns the token that proves who they are. TooManyRaters above `most`."""
