@@ -87,7 +87,7 @@ class Answer:
 
 
 class Answers:
-    """The answers of one study, in `folder`. UserError if there can be no database. Every method may be called from any thread or process."""
+    """The answers of one study. Every method may be called from any thread or process; UserError without a database."""
 
     def __init__(self, folder: Path):
         self.path = folder / FILE

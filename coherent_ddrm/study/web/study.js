@@ -34,7 +34,7 @@
       return body;
     },
     async resume() {
-      this.token = hash("rater") || store.get();
+      this.token = [hash("rater"), store.get()].find((token) => /^[0-9a-f]{32}$/.test(token)) ?? null;
       if (!this.token) return null;
       try {
         const sheet = await this.call("api/sheet");
