@@ -123,8 +123,9 @@ def _rule(results: dict[str, Any]) -> str:
     if not rule["catch_trials"]:
         return "There were no catch trials, so nobody was excluded."
     names = f"Excluded: {', '.join(map(str, excluded))}." if excluded else "Nobody was excluded."
+    allowed = f"at most {rule['allowed']}" if rule["allowed"] else "none"
     return (
-        f"Catch trials show the truth against a hole of noise. Of {rule['catch_trials']}, at most {rule['allowed']} "
+        f"Catch trials show the truth against a hole of noise. Of {rule['catch_trials']}, {allowed} "
         f"may be failed; one who guesses passes with probability {_percent(rule['guesser'])}. {names} With scores: how "
         "often the rater chose the method of the higher score."
     )

@@ -147,7 +147,8 @@ def main() -> None:
         print(f"| {row['method']} | {true:+.2f} | {row['score']:+.2f} | {low:+.2f} to {high:+.2f} | {inside} |")
     print("\n" + methods_table(results) + "\n\n" + pairs_table(results) + "\n\n" + raters_table(results))
     print({key: results[key] for key in ("agreement", "rule", "answers")})
-    calibration(load(folder), options.studies)
+    if options.studies:
+        calibration(load(folder), options.studies)
 
 
 if __name__ == "__main__":

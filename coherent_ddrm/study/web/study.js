@@ -28,7 +28,9 @@
     async call(path, more = {}) {
       const headers = { "content-type": "application/json" };
       if (this.token) headers.authorization = `Bearer ${this.token}`;
-      const response = await fetch(path, { ...more, headers });
+      const response = await fetch(path, { ...more, headers }).catch(() => {
+        throw new Error("the server cannot be reached");
+      });
       const body = await response.json();
       if (!response.ok) throw Object.assign(new Error(body.error), { status: response.status });
       return body;
