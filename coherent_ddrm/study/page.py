@@ -32,4 +32,5 @@ def render(study: Study, **more: Any) -> bytes:
     for letter in "<>&":  # so that no title can end the script element
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     page = (WEB / "page.html").read_text(encoding="utf-8")
-    return page.replace("{{policy}}", POLICY).replace("{{study}}", text).encode()
+    policy = POLICY.replace("'self'", "'self' file:") if more.get("mode") == "file" else POLICY
+    return page.replace("{{policy}}", policy).replace("{{study}}", text).encode()
