@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from coherent_ddrm import __version__
 from coherent_ddrm.errors import UserError
 from coherent_ddrm.images import ImageError
+from coherent_ddrm.study.commands import add_study
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_finetune(verbs)
     _add_evaluate(verbs)
     _add_demo(verbs)
+    add_study(verbs, positive, natural)
     return parser
 
 
