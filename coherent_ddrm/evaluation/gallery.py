@@ -80,6 +80,8 @@ class Gallery:
                     "name another folder, or ask for the same"
                 )
             return
+        for place in ("truth", *(f"holes/{kind}" for kind in self.kinds)):
+            (self.folder / place).mkdir(parents=True, exist_ok=True)
         keys = []
         for key, picture in read_pictures(self.setting):
             write_image(self.folder / "truth" / f"{key}.png", picture)
