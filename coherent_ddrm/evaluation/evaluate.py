@@ -32,7 +32,10 @@ def evaluate(wanted: Evaluation) -> Path | None:
     labels = [method.label for method in methods] + list(wanted.results)
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise UserError(f"two methods are called {twice[0]!r}; results are told apart by name")
-    networks, notes = available(wanted.scores, wanted.weights, device, wanted.download)
+    try:
+        networks, notes = available(wanted.scores, wanted.weights, device, wanted.download)
+    except ValueError as error:  # a name that is no score's
+        raise UserError(str(error)) from error
     rank, world = ranks()
     state = PartialState(cpu=device.type == "cpu") if world > 1 else None
     if rank == 0:

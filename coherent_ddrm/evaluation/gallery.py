@@ -31,19 +31,11 @@ SMALLEST_HOLE = 0.001  # share of the pixels; drawn again below
 
 
 class Gallery:
-    """The files of one evaluation.
-
-    Args:
-        folder: where they lie.
-    """
+    """The files of one evaluation, in `folder`. UserError for a kind of hole that there is not."""
 
     def __init__(self, folder: Path, setting: Setting):
         self.folder, self.setting = folder, setting
-
-    @cached_property
-    def kinds(self) -> dict[str, Path | None]:
-        """Kind of hole -> the folder its masks come from, None for a maker's."""
-        return dict(_kind(text) for text in self.setting.masks)
+        self.kinds = dict(_kind(text) for text in setting.masks)  # -> the folder of its masks, None for a maker's
 
     @cached_property
     def keys(self) -> list[str]:

@@ -1,0 +1,316 @@
+"""coherent-ddrm evaluate: the same for all methods, resumable, shared out, and a report that a browser shows."""
+
+import csv
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from browser import needs_browser, open_page
+from PIL import Image
+from tiny import RESOLUTION, make_picture, make_pipeline
+
+from coherent_ddrm.cli import main
+from coherent_ddrm.errors import UserError
+from coherent_ddrm.evaluation.asked import parse_results
+from coherent_ddrm.evaluation.gallery import Gallery
+from coherent_ddrm.evaluation.methods import Filled, Makers, Method
+from coherent_ddrm.evaluation.setting import Setting
+from coherent_ddrm.evaluation.work import carry_out, records
+from coherent_ddrm.images import read_image
+
+COUNT = 6
+METHODS = "coherent,ddnm:steps=2,telea"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A checkpoint, photographs (smooth, so that scores differ) and a finished report."""
+    root = tmp_path_factory.mktemp("evaluation")
+    make_pipeline().save_pretrained(root / "base")
+    (root / "photos").mkdir()
+    for i in range(COUNT):
+        noise = np.asarray(make_picture(6, 5, seed=i))
+        Image.fromarray(noise).resize((40, 36), Image.Resampling.BICUBIC).save(root / "photos" / f"photo {i}.png")
+    assert main(words(root)) == 0
+    return root
+
+
+def words(root, out="report", *more, methods=METHODS):
+    data = ["evaluate", "--data", str(root / "photos"), "-o", str(root / out), "--checkpoint", str(root / "base")]
+    return [*data, "--masks", "half,lama-thick", "--methods", methods, "--offline", "--batch-size", "4", *more]
+
+
+def setting(root, **options):
+    return Setting(**{"data": str(root / "photos"), "masks": ("half",), "size": 32, "count": 0, "seed": 0, **options})
+
+
+def scores(report):
+    with open(report / "scores.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# -- pictures and holes ------------------------------------------------------------------------------------------------
+
+
+def test_pictures_and_holes_lie_as_files(root, tmp_path):
+    gallery = Gallery(tmp_path, setting(root, masks=("half", "center-box"), count=3))
+    gallery.prepare()
+    assert gallery.keys == ["photo_0", "photo_2", "photo_5"]  # spread over all
+    assert gallery.truth("photo_0").shape == (32, 32, 3) and gallery.hole("half", "photo_0").mean() == 0.5
+    assert gallery.hole("center-box", "photo_2").mean() == 0.25
+    again = Gallery(tmp_path, setting(root, masks=("half", "center-box"), count=3))
+    again.prepare()
+    with pytest.raises(UserError, match="seed 0, not 1"):
+        Gallery(tmp_path, setting(root, masks=("half", "center-box"), count=3, seed=1)).prepare()
+
+
+def test_a_hole_belongs_to_its_picture(root, tmp_path):
+    """The same picture has the same hole, whichever others are scored with it; another seed, another hole."""
+    holes = {}
+    for name, options in {"all": {}, "few": {"count": 2}, "seed": {"seed": 1}}.items():
+        gallery = Gallery(tmp_path / name, setting(root, masks=("mat-large",), **options))
+        gallery.prepare()
+        holes[name] = gallery.hole("mat-large", "photo_0")
+    assert (holes["all"] == holes["few"]).all() and (holes["all"] != holes["seed"]).any()
+
+
+def test_masks_of_ones_own(root, tmp_path):
+    (tmp_path / "masks").mkdir()
+    hole = np.zeros((32, 32), np.uint8)
+    hole[:, :8] = 255
+    for i in range(COUNT):
+        Image.fromarray(hole).save(tmp_path / "masks" / f"photo_{i}.png")
+    gallery = Gallery(tmp_path / "out", setting(root, masks=(f"left={tmp_path / 'masks'}",)))
+    gallery.prepare()
+    assert (gallery.hole("left", "photo_3") == (hole > 0)).all()
+    (tmp_path / "masks" / "photo_3.png").unlink()
+    with pytest.raises(UserError, match="0 masks named 'photo_3'"):
+        Gallery(tmp_path / "out2", setting(root, masks=(f"left={tmp_path / 'masks'}",))).prepare()
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
+
+
+def pictures_and_holes():
+    pictures = np.stack([np.asarray(make_picture(32, 32, seed=i)) for i in range(2)])
+    holes = np.zeros((2, 32, 32), bool)
+    holes[0, :, 20:], holes[1, 5:20] = True, True
+    return pictures, holes
+
+
+@pytest.mark.parametrize("text", ["coherent", "coherent:plan=none:steps=2", "repaint:steps=3:jump_samples=1", "telea"])
+def test_methods_keep_what_is_known_and_see_nothing_else(root, text):
+    """What lies under the hole has no effect, known pixels come back, and a result does not depend on its batch."""
+    method = Makers(str(root / "base"), device()).make(text)
+    pictures, holes = pictures_and_holes()
+    other = np.where(holes[..., None], 255 - pictures, pictures)
+    done, unseen = method.fill(pictures, holes, [3, 4]), method.fill(other, holes, [3, 4])
+    assert (done.pictures == unseen.pictures).all()
+    assert (done.pictures[~holes] == pictures[~holes]).all() and (done.pictures[holes] != pictures[holes]).any()
+    alone = method.fill(pictures[1:], holes[1:], [4])
+    assert np.abs(alone.pictures[0].astype(int) - done.pictures[1]).max() <= 1
+    assert done.seconds > 0 and (done.memory is None or done.memory > 10)
+
+
+def device():
+    import torch
+
+    return torch.device("cpu")
+
+
+def test_telea_is_that_of_opencv():
+    pictures, holes = pictures_and_holes()
+    done = Makers("", device()).make("telea").fill(pictures, holes, [0, 0])
+    expected = cv2.inpaint(
+        np.where(holes[0][..., None], np.uint8(128), pictures[0]), holes[0].astype(np.uint8), 3, cv2.INPAINT_TELEA
+    )
+    assert (done.pictures[0] == expected).all() and done.nfe == 0
+
+
+def test_evaluations_are_counted(root):
+    makers, (pictures, holes) = Makers(str(root / "base"), device(), steps=4), pictures_and_holes()
+    assert makers.make("coherent").fill(pictures, holes, [0, 1]).nfe == 4
+    assert makers.make("ddnm:steps=7").fill(pictures, holes, [0, 1]).nfe == 7
+    assert makers.make("ddnm:steps=7").label == "ddnm_steps-7"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lama", "unknown method 'lama'"),
+        ("telea:steps=3", "telea has no options"),
+        ("repaint:jumps=3", "no option 'jumps'"),
+        ("coherent:plans=none", "no option 'plans'"),
+        ("coherent:plan=mine", "plan is predicted or none"),
+        ("ddnm:steps", "NAME=VALUE"),
+    ],
+)
+def test_methods_that_there_are_not(root, text, words):
+    with pytest.raises(UserError, match=words):
+        Makers(str(root / "base"), device()).make(text)
+
+
+# -- work --------------------------------------------------------------------------------------------------------------
+
+
+def noisy(calls):
+    """A method that fills with noise of its seeds, and notes how many pictures it was given."""
+
+    def fill(pictures, holes, seeds):
+        calls.append(len(seeds))
+        noise = [np.random.default_rng(seed).integers(0, 256, pictures.shape[1:], np.uint8) for seed in seeds]
+        return np.stack(noise), 1
+
+    return Method("noise", fill)
+
+
+def test_work_goes_on_where_it_was_cut_off(root, tmp_path):
+    """Killed after four pictures, the fifth half written: the same files as one that was not, none made twice."""
+    whole, cut = (Gallery(tmp_path / name, setting(root)) for name in ("whole", "cut"))
+    for gallery in (whole, cut):
+        gallery.prepare()
+        carry_out(gallery, noisy([]), 2, quiet=True)
+    log = next((cut.folder / "results" / "noise" / "half").glob("record-*.jsonl"))
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:4]) + lines[4][: len(lines[4]) // 2])
+    cut.result("noise", "half", "photo_1").unlink()  # noted, but gone
+    calls = []
+    carry_out(cut, noisy(calls), 2, quiet=True)
+    assert sum(calls) == 3 and set(records(cut, "noise", "half")) == set(cut.keys)
+    for key in whole.keys:
+        assert (read_image(whole.result("noise", "half", key)) == read_image(cut.result("noise", "half", key))).all()
+
+
+def test_processes_share_the_work_and_change_nothing(root, tmp_path):
+    one, two = (Gallery(tmp_path / name, setting(root, candidates=2)) for name in ("one", "two"))
+    calls = []
+    for gallery in (one, two):
+        gallery.prepare()
+    carry_out(one, noisy([]), 6, quiet=True)
+    for rank in range(2):
+        carry_out(two, noisy(calls), 1, rank, 2, quiet=True)
+    assert sum(calls) == 2 * COUNT and set(records(two, "noise", "half")) == set(one.keys)
+    for key in one.keys:
+        results = [[read_image(g.result("noise", "half", key, k)) for k in range(2)] for g in (one, two)]
+        assert np.array_equal(*results) and (results[0][0] != results[0][1]).any()
+
+
+# -- the whole way -----------------------------------------------------------------------------------------------------
+
+
+def test_every_result_is_scored(root):
+    rows = scores(root / "report")
+    assert len(rows) == 3 * 2 * COUNT and {row["method"] for row in rows} == {"coherent", "ddnm_steps-2", "telea"}
+    assert all(float(row["changed"]) == 0 for row in rows)
+    gallery = Gallery(root / "report", setting(root, masks=("half", "lama-thick")))
+    row = next(row for row in rows if row["method"] == "telea" and row["key"] == "photo_1" and row["mask"] == "half")
+    hole, truth = gallery.hole("half", "photo_1"), gallery.truth("photo_1").astype(float)
+    error = ((read_image(gallery.result("telea", "half", "photo_1")) - truth)[hole] / 255) ** 2
+    assert float(row["psnr_hole"]) == pytest.approx(-10 * np.log10(error.mean()), abs=1e-4)
+    assert float(row["hole_share"]) == hole.mean() == 0.5 and row["area"] == "40-50"
+    assert len({row["hole_hash"] for row in rows if row["key"] == "photo_1"}) == 2
+
+
+def test_results_and_tables_agree(root):
+    results = json.loads((root / "report" / "results.json").read_text())
+    rows = scores(root / "report")
+    for summary in results["summary"]:
+        own = [float(r["l1_hole"]) for r in rows if (r["method"], r["mask"]) == (summary["method"], summary["mask"])]
+        assert summary["scores"]["l1_hole"]["mean"] == pytest.approx(np.mean(own))
+        assert summary["scores"]["l1_hole"]["low"] <= np.mean(own) <= summary["scores"]["l1_hole"]["high"]
+    assert {row["method"] for row in results["differences"]} == {"ddnm_steps-2", "telea"}
+    assert any(note.startswith("left out: lpips_alex") for note in results["notes"])
+    assert "evaluate" in results["facts"]["command"] or results["facts"]["command"]
+    text = (root / "report" / "results.md").read_text()
+    assert text.count("| telea |") == 2 and "**lama-thick**, 6 pictures" in text
+
+
+def test_the_same_command_again_makes_nothing_anew(root, monkeypatch):
+    before = (root / "report" / "scores.csv").read_bytes()
+    monkeypatch.setattr(Method, "fill", lambda *a: pytest.fail("nothing is left to fill"))
+    assert main(words(root)) == 0
+    assert (root / "report" / "scores.csv").read_bytes() == before
+
+
+def test_pictures_of_another_program(root, tmp_path, capsys):
+    """The truth itself is perfect; one known value that was changed is counted; what is missing is named."""
+    shutil.copytree(root / "report" / "truth", tmp_path / "perfect" / "half")
+    shutil.copytree(root / "report" / "truth", tmp_path / "perfect" / "lama-thick")
+    gallery = Gallery(root / "report", setting(root, masks=("half", "lama-thick")))
+    file = tmp_path / "perfect" / "half" / "photo_2.png"
+    spoiled = read_image(file).copy()
+    y, x = np.argwhere(~gallery.hole("half", "photo_2"))[0]
+    spoiled[y, x, 0] ^= 1
+    Image.fromarray(spoiled).save(file)
+    results = ["--results", str(tmp_path / "perfect")]
+    assert main(words(root, "other", *results, methods="")) == 0
+    rows = {(row["mask"], row["key"]): row for row in scores(root / "other")}
+    assert float(rows["half", "photo_2"]["changed"]) == 1 and float(rows["half", "photo_1"]["changed"]) == 0
+    assert all(float(row["l1_hole"]) == 0 for row in rows.values())
+    assert {round(float(row["ssim_hole"]), 6) for row in rows.values() if row["ssim_hole"]} == {1.0}
+    file.unlink()
+    assert main(words(root, "third", *results, methods="")) == 2
+    assert "nothing for 'photo_2'" in capsys.readouterr().err
+    Image.fromarray(spoiled).save(file.with_suffix(".jpg"))
+    assert main(words(root, "third", *results, methods="")) == 2
+    assert "photo_2.jpg, which is not lossless" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "words_of_error"),
+    [
+        (["--masks", "lama-think"], "unknown kind of hole 'lama-think'"),
+        (["--methods", "coherent,coherent"], "two methods are called 'coherent'"),
+        (["--protocol", "places2-lama"], "places2-lama-512"),
+        (["--data", "nowhere", "-o", "new"], "no such folder"),
+        (["--seed", "5"], "seed 0, not 5"),
+        (["--scores", "lpips"], "unknown score 'lpips'"),
+    ],
+)
+def test_mistakes_are_one_line(root, capsys, monkeypatch, tmp_path, more, words_of_error):
+    monkeypatch.chdir(tmp_path)
+    assert main([*words(root), *more]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and words_of_error in error
+
+
+def test_results_are_called_by_name_or_folder(tmp_path):
+    (tmp_path / "lama").mkdir()
+    assert parse_results([f"other={tmp_path / 'lama'}", str(tmp_path / "lama")]).keys() == {"other", "lama"}
+    with pytest.raises(UserError, match="two folders"):
+        parse_results([str(tmp_path / "lama")] * 2)
+
+
+def test_a_protocol_says_what_papers_report(root):
+    more = ["--protocol", "repaint-6masks", "--size", str(RESOLUTION), "--masks", "repaint-half", "--count", "3"]
+    assert main([*words(root, "protocol", methods="telea"), *more]) == 0
+    published = json.loads((root / "protocol" / "results.json").read_text())["published"]
+    assert {row["mask"] for row in published["rows"]} == {"repaint-half"} and "RePaint" in published["text"]
+    assert "What papers report" in (root / "protocol" / "report.html").read_text()
+
+
+@needs_browser
+def test_the_report_in_a_real_browser(root):
+    """One file: nothing is fetched, all pictures show, every method is in every table."""
+    with open_page() as visit:
+        visit.page.goto((root / "report" / "report.html").as_uri())
+        assert visit.page.locator("h2", has_text="lama-thick").count() >= 1
+        widths = visit.page.eval_on_selector_all("img", "all => all.map(one => one.naturalWidth)")
+        assert (
+            len(widths) == 6 + 2 + 3 and min(widths) > 100
+        )  # two plots of each of three scores, kinds of holes, methods
+        tables = visit.page.locator("table")
+        assert tables.nth(0).locator("tr").count() == 4 and "telea" in tables.nth(0).inner_text()
+        assert visit.page.locator("td.best").count() > 4
+        assert "left out: lpips_alex" in visit.page.inner_text("body")
+        visit.page.set_viewport_size({"width": 420, "height": 800})  # wide tables scroll, the page does not
+        assert visit.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        visit.check()
+
+
+def test_filled_keeps_its_shape():
+    pictures, holes = pictures_and_holes()
+    filled = noisy([]).fill(pictures, holes, [1, 2])
+    assert isinstance(filled, Filled) and filled.pictures.shape == pictures.shape
