@@ -300,7 +300,7 @@ def test_the_report_in_a_real_browser(root):
         widths = visit.page.eval_on_selector_all("img", "all => all.map(one => one.naturalWidth)")
         assert (
             len(widths) == 6 + 2 + 3 and min(widths) > 100
-        )  # two plots of each of three scores, kinds of holes, methods
+        )  # plots, kinds of holes, methods
         tables = visit.page.locator("table")
         assert tables.nth(0).locator("tr").count() == 4 and "telea" in tables.nth(0).inner_text()
         assert visit.page.locator("td.best").count() > 4
