@@ -148,6 +148,9 @@ def test_sharpness_is_the_ratio_of_gradients():
     ramp = torch.arange(12.0).expand(1, 3, 12, 12)
     both = ramp + torch.arange(12.0)[:, None]  # a slope of one both ways: sqrt 2 steep
     torch.testing.assert_close(sharpness(both, ramp, hole[:1]), torch.tensor([2.0**0.5]))
+    x = truth.clone()
+    x[..., :4, :], x[..., 11:, :], x[..., :4], x[..., 11:] = 0, 0, 0, 0  # differences reach one pixel beyond the hole
+    torch.testing.assert_close(sharpness(x, truth, hole), torch.ones(2))
 
 
 def test_changed_counts_values_of_known_pixels():

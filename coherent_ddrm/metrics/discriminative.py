@@ -16,14 +16,14 @@ from coherent_ddrm.errors import UserError
 FEWEST = 10_000  # with fewer pictures than a few times the features, the SVM separates any two sets and both are 0
 
 
-class InceptionDiscriminativeScore(NamedTuple):
+class Discriminative(NamedTuple):
     """p_ids: share of pairs whose result looks more real than its truth; u_ids: share of pictures told wrongly."""
 
     p_ids: float
     u_ids: float
 
 
-def discriminative_scores(real: Tensor, fake: Tensor) -> InceptionDiscriminativeScore:
+def discriminative_scores(real: Tensor, fake: Tensor) -> Discriminative:
     """P-IDS and U-IDS of features (N, d) twice, row i of `fake` the result for row i of `real`; both 0.5 at best.
 
     UserError under 10,000 pictures. Compare at one N only: they grow with it.
@@ -40,4 +40,4 @@ def discriminative_scores(real: Tensor, fake: Tensor) -> InceptionDiscriminative
     features, labels = np.concatenate([real, fake]), np.repeat([1, 0], len(real))
     svm = LinearSVC(dual=False).fit(features, labels)
     more_real = svm.decision_function(fake) > svm.decision_function(real)
-    return InceptionDiscriminativeScore(float(more_real.mean()), float(1 - svm.score(features, labels)))
+    return Discriminative(float(more_real.mean()), float(1 - svm.score(features, labels)))

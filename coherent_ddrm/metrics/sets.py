@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from coherent_ddrm.errors import UserError
-from coherent_ddrm.metrics.discriminative import discriminative_scores
+from coherent_ddrm.metrics.discriminative import Discriminative, discriminative_scores
 from coherent_ddrm.metrics.frechet import fid, fid_infinity
 from coherent_ddrm.metrics.kernel import kid
 from coherent_ddrm.metrics.table import ON_SETS, network_of, split
@@ -24,7 +24,7 @@ def score_sets(
     passed over: `available` has said why. kid and fid_infinity come with their spread, as kid_spread-clothing.
     """
     scores, notes = {}, []
-    discriminative: dict[str, tuple[float, float]] = {}
+    discriminative: dict[str, Discriminative] = {}
     for name in wanted:
         base, network = split(name)[0], network_of(name)
         if base not in ON_SETS or network not in real:
@@ -41,7 +41,7 @@ def score_sets(
             else:
                 if network not in discriminative:
                     discriminative[network] = discriminative_scores(*ours)
-                scores[name] = discriminative[network][base == "u_ids"]
+                scores[name] = getattr(discriminative[network], base)
         except UserError as error:
             notes.append(f"left out: {name}: {error}")
     return scores, notes

@@ -12,7 +12,9 @@ import hashlib
 import os
 import pickle
 import re
+import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -92,10 +94,9 @@ def _published(url: str, folder: Path | None, download: bool) -> tuple[dict[str,
     reason = "downloads are off"
     if download:
         try:
-            state = torch.hub.load_state_dict_from_url(
-                url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-            )
-            return state, name
+            with redirect_stdout(sys.stderr):  # it says what it fetches
+                options = dict(map_location="cpu", progress=False, check_hash=True, weights_only=True)
+                return torch.hub.load_state_dict_from_url(url, **options), name
         except UNREADABLE as error:
             reason = f"and it could not be fetched ({one_line(error)})"
     where = folder or cache
