@@ -211,7 +211,16 @@ def _add_evaluate(verbs: Any) -> None:
     verb.add_argument("--count", type=positive, metavar="N", help="pictures, spread over the data (default: all)")
     verb.add_argument("--size", type=positive, metavar="PX", help="default: the protocol's or the checkpoint's")
     verb.add_argument("--candidates", type=positive, default=1, metavar="K", help="results per hole, for diversity")
-    verb.add_argument("--scores", metavar="A,B,...", help="of those that need a network: lpips_alex, fid-clothing, ...")
+    verb.add_argument(
+        "--scores",
+        metavar="A,B,...",
+        help="beside those that are always there: lpips_alex, lpips_vgg, fid, kid, p_ids, u_ids, pd-NAME, fid-NAME, "
+        "fid_infinity-NAME, kid-NAME; slow ones: foreground_iou, reinpaint_known, reinpaint_invented "
+        "(default: all but the slow ones; NAME clothing)",
+    )
+    verb.add_argument(
+        "--reinpaint", default="coherent", metavar="METHOD", help="inpaints again, for these (default: coherent)"
+    )
     verb.add_argument("--weights", metavar="DIR", help="folder with the weights of LPIPS and Inception")
     verb.add_argument("--offline", action="store_true", help="never try to fetch weights of scores")
     verb.add_argument("--steps", type=positive, metavar="N", help="of every method (default: each one's own)")

@@ -258,6 +258,19 @@ def test_pictures_of_another_program(root, tmp_path, capsys):
     assert "photo_2.jpg, which is not lossless" in capsys.readouterr().err
 
 
+def test_slow_scores_and_candidates(root):
+    """Telea again from its own fill; two candidates of noise-free Telea are alike, of coherent they are not."""
+    slow = "foreground_iou,reinpaint_known,reinpaint_invented"
+    more = ["--scores", slow, "--reinpaint", "telea", "--candidates", "2", "--count", "2", "--masks", "center-box"]
+    assert main([*words(root, "slow", methods="coherent,telea"), *more]) == 0
+    rows = scores(root / "slow")
+    assert len(rows) == 2 * 2 * 2 and all(row["reinpaint_known"] and row["reinpaint_invented"] for row in rows)
+    spread = {m: [float(r["diversity"]) for r in rows if r["method"] == m] for m in ("coherent", "telea")}
+    assert max(spread["telea"]) == 0 < min(spread["coherent"])
+    again = {m: np.mean([float(r["reinpaint_invented"]) for r in rows if r["method"] == m]) for m in spread}
+    assert again["telea"] < again["coherent"]  # smooth fills are what Telea would make
+
+
 @pytest.mark.parametrize(
     ("more", "words_of_error"),
     [
@@ -298,9 +311,7 @@ def test_the_report_in_a_real_browser(root):
         visit.page.goto((root / "report" / "report.html").as_uri())
         assert visit.page.locator("h2", has_text="lama-thick").count() >= 1
         widths = visit.page.eval_on_selector_all("img", "all => all.map(one => one.naturalWidth)")
-        assert (
-            len(widths) == 6 + 2 + 3 and min(widths) > 100
-        )  # plots, kinds of holes, methods
+        assert len(widths) == 6 + 2 + 3 and min(widths) > 100  # plots, kinds of holes, methods
         tables = visit.page.locator("table")
         assert tables.nth(0).locator("tr").count() == 4 and "telea" in tables.nth(0).inner_text()
         assert visit.page.locator("td.best").count() > 4

@@ -39,6 +39,7 @@ class Evaluation:
     device: str = "cpu"
     command: str = ""
     download: bool = True
+    reinpaint: str = "coherent"  # the method that inpaints again, for reinpaint_known and reinpaint_invented
     published: dict[str, Any] | None = None
 
 
@@ -65,6 +66,7 @@ def understand(args: Namespace) -> Evaluation:
         args.batch_size,
         command="coherent-ddrm " + shlex.join(sys.argv[1:]),
         download=not args.offline,
+        reinpaint=args.reinpaint,
         published=None if protocol is None else told(protocol, masks),
     )
 

@@ -36,6 +36,9 @@ def evaluate(wanted: Evaluation) -> Path | None:
         networks, notes = available(wanted.scores, wanted.weights, device, wanted.download)
     except ValueError as error:  # a name that is no score's
         raise UserError(str(error)) from error
+    again = None
+    if any(name.startswith("reinpaint") for name in wanted.scores):
+        again = Makers(wanted.checkpoint, device, wanted.steps, wanted.shift).make(wanted.reinpaint)
     rank, world = ranks()
     state = PartialState(cpu=device.type == "cpu") if world > 1 else None
     if rank == 0:
@@ -48,7 +51,7 @@ def evaluate(wanted: Evaluation) -> Path | None:
         return None
     for label, folder in wanted.results.items():
         adopt(gallery, label, folder)
-    scorer = Scorer(gallery, networks, wanted.scores, device)
+    scorer = Scorer(gallery, networks, wanted.scores, device, again)
     rows, sets, said = [], {}, list(notes)
     for label in labels:
         for kind in gallery.kinds:

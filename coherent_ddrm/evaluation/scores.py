@@ -15,13 +15,22 @@ from torch import Tensor, nn
 
 from coherent_ddrm.errors import UserError
 from coherent_ddrm.evaluation.gallery import Gallery
+from coherent_ddrm.evaluation.methods import Method
 from coherent_ddrm.evaluation.statistics import area_bin
 from coherent_ddrm.evaluation.work import records
 from coherent_ddrm.export import read_json, write_atomic
 from coherent_ddrm.images import read_image
-from coherent_ddrm.metrics import diversity, score_pairs, score_sets
+from coherent_ddrm.metrics import (
+    diversity,
+    foreground_iou,
+    reinpaint_invented,
+    reinpaint_known,
+    score_pairs,
+    score_sets,
+)
 
 BATCH = 32
+SLOW = ("foreground_iou", "reinpaint_known", "reinpaint_invented")
 FACTS = ("method", "mask", "key", "candidate", "hole_hash", "hole_share", "area", "nfe", "seconds", "memory")
 
 
@@ -30,15 +39,21 @@ class Scorer:
 
     Args:
         networks: those that are to be had, by name, as metrics.available gives them.
-        wanted: names of scores; those on pairs that need no network are always there.
+        wanted: names of scores; those on pairs that need no network are always there, those of SLOW if they are named.
+        again: the method that inpaints again, for reinpaint_known and reinpaint_invented.
     """
 
     def __init__(
-        self, gallery: Gallery, networks: Mapping[str, nn.Module], wanted: Sequence[str], device: torch.device
+        self,
+        gallery: Gallery,
+        networks: Mapping[str, nn.Module],
+        wanted: Sequence[str],
+        device: torch.device,
+        again: Method | None = None,
     ):
-        self.gallery, self.networks, self.device = gallery, networks, device
-        self.wanted = [name for name in wanted if name != "diversity"]
+        self.gallery, self.networks, self.wanted, self.device, self.again = gallery, networks, wanted, device, again
         self.stamp = {name: getattr(net, "identity", "") for name, net in sorted(networks.items())}
+        self.stamp |= {name: "" if again is None else again.label for name in SLOW if name in wanted}
         self._real: dict[str, Tensor] | None = None
 
     def pairs(self, label: str, kind: str) -> list[dict[str, Any]]:
@@ -54,9 +69,9 @@ class Scorer:
             keys = self.gallery.keys[first : first + BATCH]
             truth, hole = self._truth(keys), self._holes(kind, keys)
             candidates = [self._results(label, kind, keys, k) for k in range(count)]
-            spread = diversity(torch.stack(candidates, dim=1), hole) if count > 1 else None
+            spread = diversity(torch.stack(candidates), hole) if count > 1 else None
             for k, result in enumerate(candidates):
-                scores = score_pairs(result, truth, hole, self.networks)
+                scores = score_pairs(result, truth, hole, self.networks) | self._slow(result, truth, hole)
                 if spread is not None:
                     scores["diversity"] = spread
                 rows += self._rows(label, kind, keys, k, hole, scores, noted)
@@ -74,6 +89,23 @@ class Scorer:
         return score_sets(self.wanted, self._real, self._features(extractors, read))
 
     # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _slow(self, result: Tensor, truth: Tensor, hole: Tensor) -> dict[str, Tensor]:
+        scores = {}
+        if "foreground_iou" in self.wanted:
+            scores["foreground_iou"] = foreground_iou(result, truth, hole)
+        for name, measure in (("reinpaint_known", reinpaint_known), ("reinpaint_invented", reinpaint_invented)):
+            if name in self.wanted:
+                scores[name] = measure(result, hole, self._inpaint)
+        return scores
+
+    def _inpaint(self, pictures: Tensor, hidden: Tensor) -> Tensor:
+        """Pictures without anything hidden come back as they are."""
+        holes, arrays = hidden[:, 0].cpu().numpy(), pictures.permute(0, 2, 3, 1).cpu().numpy().copy()
+        some = np.flatnonzero(holes.any(axis=(1, 2)))
+        if len(some):
+            arrays[some] = self.again.fill(arrays[some], holes[some], [0] * len(some)).pictures
+        return torch.from_numpy(arrays).permute(0, 3, 1, 2).to(self.device)
 
     def _features(self, extractors: Mapping[str, nn.Module], read: Any) -> dict[str, Tensor]:
         keys, found = self.gallery.keys, {name: [] for name in extractors}
