@@ -11,7 +11,7 @@ from torch import Tensor
 from coherent_ddrm import saliency, structure_losses, structure_maps
 
 EDGE = 0.25  # strength from which a soft edge counts, in both pictures
-AT_ONCE = 2**16  # pixels whose edges are found together: more are slower, out of the processor's cache
+AT_ONCE = 2**14  # pixels whose edges are found together: more are slower, out of the processor's cache
 
 
 def edge_maps(images: Tensor) -> Tensor:
