@@ -26,7 +26,11 @@ def evaluate(wanted: Evaluation) -> Path | None:
 
     from coherent_ddrm.metrics import available
 
+    rank, world = ranks()
     device = torch.device(wanted.device)
+    state = PartialState(cpu=device.type == "cpu") if world > 1 else None
+    if state is not None and device.index is None:
+        device = state.device  # a GPU for each process
     gallery = Gallery(wanted.output, wanted.setting)
     methods = make_methods(wanted, device)
     labels = [method.label for method in methods] + list(wanted.results)
@@ -39,13 +43,11 @@ def evaluate(wanted: Evaluation) -> Path | None:
     again = None
     if any(name.startswith("reinpaint") for name in wanted.scores):
         again = Makers(wanted.checkpoint, device, wanted.steps, wanted.shift).make(wanted.reinpaint)
-    rank, world = ranks()
-    state = PartialState(cpu=device.type == "cpu") if world > 1 else None
     if rank == 0:
         gallery.prepare()
     _wait(state)
     for method in methods:
-        carry_out(gallery, method, wanted.batch, rank, world)
+        carry_out(gallery, method, wanted.batch, rank, world, quiet=rank > 0)
     _wait(state)
     if rank:
         return None
