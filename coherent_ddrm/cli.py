@@ -226,6 +226,7 @@ def _add_evaluate(verbs: Any) -> None:
     verb.add_argument("--steps", type=positive, metavar="N", help="of every method (default: each one's own)")
     verb.add_argument("--shift", type=float, metavar="S", help="of every method's times (default: each one's own)")
     verb.add_argument("--batch-size", type=positive, default=16, metavar="N", help="default 16")
+    verb.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks (default fp32)")
     verb.add_argument("--seed", type=natural, default=0, metavar="N", help="of holes and noise (default 0)")
     verb.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if there is one)"

@@ -39,6 +39,7 @@ class Evaluation:
     device: str = "cpu"
     command: str = ""
     download: bool = True
+    precision: str = "fp32"
     reinpaint: str = "coherent"  # the method that inpaints again, for reinpaint_known and reinpaint_invented
     published: dict[str, Any] | None = None
 
@@ -66,6 +67,7 @@ def understand(args: Namespace) -> Evaluation:
         args.batch_size,
         command="coherent-ddrm " + shlex.join(sys.argv[1:]),
         download=not args.offline,
+        precision=args.precision,
         reinpaint=args.reinpaint,
         published=None if protocol is None else told(protocol, masks),
     )

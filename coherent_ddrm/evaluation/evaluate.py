@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import torch
 from accelerate import PartialState
 
 from coherent_ddrm.errors import UserError
 from coherent_ddrm.evaluation.asked import Evaluation
 from coherent_ddrm.evaluation.gallery import Gallery
-from coherent_ddrm.evaluation.methods import Makers, Method
+from coherent_ddrm.evaluation.methods import Makers
 from coherent_ddrm.evaluation.report import write_report
 from coherent_ddrm.evaluation.scores import Scorer
 from coherent_ddrm.evaluation.work import adopt, carry_out, ranks
+from coherent_ddrm.metrics import available
 
 
 def evaluate(wanted: Evaluation) -> Path | None:
@@ -22,17 +23,14 @@ def evaluate(wanted: Evaluation) -> Path | None:
     Raises:
         UserError: something asked for is not there, or does not fit what the folder holds.
     """
-    import torch
-
-    from coherent_ddrm.metrics import available
-
     rank, world = ranks()
     device = torch.device(wanted.device)
     state = PartialState(cpu=device.type == "cpu") if world > 1 else None
     if state is not None and device.index is None:
         device = state.device  # a GPU for each process
     gallery = Gallery(wanted.output, wanted.setting)
-    methods = make_methods(wanted, device)
+    makers = make_makers(wanted, device)
+    methods = [makers.make(text) for text in wanted.methods]
     labels = [method.label for method in methods] + list(wanted.results)
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise UserError(f"two methods are called {twice[0]!r}; results are told apart by name")
@@ -42,7 +40,7 @@ def evaluate(wanted: Evaluation) -> Path | None:
         raise UserError(str(error)) from error
     again = None
     if any(name.startswith("reinpaint") for name in wanted.scores):
-        again = Makers(wanted.checkpoint, device, wanted.steps, wanted.shift).make(wanted.reinpaint)
+        again = makers.make(wanted.reinpaint)
     if rank == 0:
         gallery.prepare()
     _wait(state)
@@ -60,16 +58,20 @@ def evaluate(wanted: Evaluation) -> Path | None:
             rows += scorer.pairs(label, kind)
             sets[label, kind], more = scorer.sets(label, kind)
             said += more
-    facts = {"command": wanted.command, "device": str(device), "checkpoint": Path(wanted.checkpoint).name}
+    facts = {
+        "command": wanted.command,
+        "device": str(device),
+        "precision": wanted.precision,
+        "checkpoint": Path(wanted.checkpoint).name,
+    }
     facts |= {"networks of the scores": scorer.stamp or "none", "processes": world}
     reference = labels[0]
     return write_report(gallery, rows, sets, reference, facts, list(dict.fromkeys(said)), wanted.published)
 
 
-def make_methods(wanted: Evaluation, device: Any) -> list[Method]:
-    """All methods, their names checked before any work."""
-    makers = Makers(wanted.checkpoint, device, wanted.steps, wanted.shift)
-    return [makers.make(text) for text in wanted.methods]
+def make_makers(wanted: Evaluation, device: torch.device) -> Makers:
+    dtype = torch.bfloat16 if wanted.precision == "bf16" else None
+    return Makers(wanted.checkpoint, device, wanted.steps, wanted.shift, dtype)
 
 
 def _wait(state: PartialState | None) -> None:

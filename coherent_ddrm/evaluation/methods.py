@@ -59,10 +59,19 @@ class Makers:
     Args:
         checkpoint: of our pipeline, or any prior that `load_prior` takes (then "coherent" is not to be had).
         steps, shift: of every method's time grid; None = the method's own. An option of a method's comes first.
+        dtype: of the networks; schedule and projection are fp32. None = fp32.
     """
 
-    def __init__(self, checkpoint: str, device: torch.device, steps: int | None = None, shift: float | None = None):
+    def __init__(
+        self,
+        checkpoint: str,
+        device: torch.device,
+        steps: int | None = None,
+        shift: float | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         self.checkpoint, self.device, self.steps, self.shift = checkpoint, device, steps, shift
+        self.networks = {} if dtype is None else {"dtype": dtype}
         self._loaded: dict[str, Any] = {}
 
     def make(self, text: str) -> Method:
@@ -90,7 +99,7 @@ class Makers:
         from coherent_ddrm.pipeline import CoherentInpaintPipeline
 
         if "pipeline" not in self._loaded:
-            pipe = CoherentInpaintPipeline.from_pretrained(self.checkpoint).to(self.device)
+            pipe = CoherentInpaintPipeline.from_pretrained(self.checkpoint, **self.networks).to(self.device)
             pipe.set_progress_bar_config(disable=True)
             self._loaded["pipeline"] = pipe
         pipe, grid = self._loaded["pipeline"], self._grid(options)
@@ -113,7 +122,7 @@ class Makers:
             names = ", ".join([*RESTORERS, *BASELINES])
             raise UserError(f"unknown method {name!r}: choose of {names}; NAME:OPTION=VALUE sets an option")
         if "restoration" not in self._loaded:
-            self._loaded["restoration"] = RestorationPipeline.from_prior(self.checkpoint, self.device)
+            self._loaded["restoration"] = RestorationPipeline.from_prior(self.checkpoint, self.device, **self.networks)
         pipe, grid = self._loaded["restoration"], self._grid(options)
         check_options(name, options)
 
