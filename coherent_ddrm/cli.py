@@ -204,7 +204,7 @@ def _add_evaluate(verbs: Any) -> None:
         action="append",
         default=[],
         metavar="[NAME=]DIR",
-        help="score what another program made of REPORT/truth and REPORT/holes: DIR/KIND/NAME.png; may be repeated",
+        help="score what another program made of REPORT/given and REPORT/holes: DIR/KIND/NAME.png; may be repeated",
     )
     verb.add_argument("--protocol", metavar="NAME", help="a published one: its holes, size, count and scores")
     verb.add_argument("--checkpoint", metavar="DIR", help="our checkpoint, or any prior (default: the shipped one)")

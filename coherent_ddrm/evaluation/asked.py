@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import shlex
 import sys
 from argparse import Namespace
@@ -42,6 +42,10 @@ class Evaluation:
     precision: str = "fp32"
     reinpaint: str = "coherent"  # the method that inpaints again, for reinpaint_known and reinpaint_invented
     published: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+SMALLEST = 16  # pixels; SSIM's windows are 11 wide
 
 
 def understand(args: Namespace) -> Evaluation:
@@ -51,7 +55,9 @@ def understand(args: Namespace) -> Evaluation:
     methods = _words(args.methods) or (() if args.results else METHODS)
     checkpoint = str(args.checkpoint or default_checkpoint())
     size = args.size or (protocol.resolution if protocol else _resolution(checkpoint))
-    count = args.count or 0
+    if size < SMALLEST:
+        raise UserError(f"--size {size}: pictures are scored from {SMALLEST} px")
+    count = args.count or (max(one.count for one in protocol.data) if protocol else 0)
     setting = Setting(str(args.data), masks, size, count, args.seed, args.candidates)
     scores = _words(args.scores) or (_of(protocol) if protocol else SCORES)
     return Evaluation(
@@ -69,15 +75,32 @@ def understand(args: Namespace) -> Evaluation:
         download=not args.offline,
         precision=args.precision,
         reinpaint=args.reinpaint,
-        published=None if protocol is None else told(protocol, masks),
+        published=None if protocol is None else told(protocol, setting),
+        notes=() if protocol is None else departures(protocol, setting),
     )
 
 
-def told(protocol: Protocol, masks: Sequence[str]) -> dict[str, Any]:
-    """What a report says of a protocol: its title, how it scores, what papers report for these holes."""
-    rows = [asdict(row) for row in protocol.published if row.mask in masks]
-    rows = [row | {"value": row["printed"]} for row in rows]
+def told(protocol: Protocol, setting: Setting) -> dict[str, Any]:
+    """What a report says of a protocol: its title, how it scores, and, at its own size, what papers report."""
+    rows = [asdict(row) for row in protocol.published if row.mask in setting.masks]
+    rows = [row | {"value": row["printed"]} for row in rows] if setting.size == protocol.resolution else []
     return {"title": protocol.title, "text": describe(protocol), "rows": rows}
+
+
+def departures(protocol: Protocol, setting: Setting) -> tuple[str, ...]:
+    """What is done otherwise than the protocol has it, a sentence each."""
+    found = []
+    if setting.size != protocol.resolution:
+        found.append(
+            f"{protocol.name} is at {protocol.resolution} px, this is at {setting.size}: no number of the papers is "
+            "comparable, so none is shown"
+        )
+    if others := [name for name in setting.masks if name not in protocol.masks]:
+        found.append(f"{', '.join(others)}: no kind of hole of {protocol.name}")
+    counts = {one.count for one in protocol.data}
+    if setting.count and setting.count not in counts:
+        found.append(f"{setting.count} pictures were asked for, {protocol.name} has {max(counts)}")
+    return tuple(found)
 
 
 def parse_results(texts: Sequence[str]) -> dict[str, Path]:
@@ -89,8 +112,8 @@ def parse_results(texts: Sequence[str]) -> dict[str, Path]:
         label = name if equals else path.resolve().name
         if not path.is_dir():
             raise UserError(f"--results {text!r}: {path} is no folder")
-        if not label or os.sep in label or label.startswith("."):
-            raise UserError(f"--results {text!r}: NAME=FOLDER, with a plain name")
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", label):
+            raise UserError(f"--results {text!r}: NAME=FOLDER, with a name of letters, digits, '.', '_' and '-'")
         if label in found:
             raise UserError(f"--results: two folders are called {label!r}; write NAME=FOLDER")
         found[label] = path

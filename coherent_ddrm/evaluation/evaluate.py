@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -10,11 +11,14 @@ from accelerate import PartialState
 from coherent_ddrm.errors import UserError
 from coherent_ddrm.evaluation.asked import Evaluation
 from coherent_ddrm.evaluation.gallery import Gallery
-from coherent_ddrm.evaluation.methods import Makers
+from coherent_ddrm.evaluation.methods import Makers, Method
 from coherent_ddrm.evaluation.report import write_report
-from coherent_ddrm.evaluation.scores import Scorer
-from coherent_ddrm.evaluation.work import adopt, carry_out, ranks
-from coherent_ddrm.metrics import available
+from coherent_ddrm.evaluation.scores import SLOW, TRUTH, Scorer
+from coherent_ddrm.evaluation.work import adopt, carry_out, claim, find_results, ranks
+from coherent_ddrm.metrics import available, network_of
+
+PATIENCE = timedelta(days=7)  # for which a process waits for the slowest one
+FEW = 30  # pictures, below which bootstrap intervals are known to be too narrow
 
 
 def evaluate(wanted: Evaluation) -> Path | None:
@@ -23,50 +27,80 @@ def evaluate(wanted: Evaluation) -> Path | None:
     Raises:
         UserError: something asked for is not there, or does not fit what the folder holds.
     """
+    check_scores(wanted)
     rank, world = ranks()
     device = torch.device(wanted.device)
-    state = PartialState(cpu=device.type == "cpu") if world > 1 else None
+    state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE) if world > 1 else None
     if state is not None and device.index is None:
         device = state.device  # a GPU for each process
-    gallery = Gallery(wanted.output, wanted.setting)
-    makers = make_makers(wanted, device)
+    gallery, makers = Gallery(wanted.output, wanted.setting), make_makers(wanted, device)
     methods = [makers.make(text) for text in wanted.methods]
     labels = [method.label for method in methods] + list(wanted.results)
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise UserError(f"two methods are called {twice[0]!r}; results are told apart by name")
-    try:
-        networks, notes = available(wanted.scores, wanted.weights, device, wanted.download)
-    except ValueError as error:  # a name that is no score's
-        raise UserError(str(error)) from error
-    again = None
-    if any(name.startswith("reinpaint") for name in wanted.scores):
-        again = makers.make(wanted.reinpaint)
+    again = makers.make(wanted.reinpaint) if any("reinpaint" in name for name in wanted.scores) else None
+
     if rank == 0:
-        gallery.prepare()
+        gallery.begin()
+    _wait(state)
+    gallery.make(rank, world)
+    _wait(state)
+    if rank == 0:
+        gallery.verify()
+        for label, folder in wanted.results.items():
+            adopt(gallery, label, find_results(gallery, folder))
+        for method in methods:
+            claim(gallery, method.label, method.facts)
     _wait(state)
     for method in methods:
         carry_out(gallery, method, wanted.batch, rank, world, quiet=rank > 0)
     _wait(state)
-    if rank:
-        return None
-    for label, folder in wanted.results.items():
-        adopt(gallery, label, folder)
+    return None if rank else score(wanted, gallery, labels, makers.identity, device, again, world)
+
+
+def score(
+    wanted: Evaluation,
+    gallery: Gallery,
+    labels: list[str],
+    checkpoint: str,
+    device: torch.device,
+    again: Method | None,
+    world: int,
+) -> Path:
+    """Score all results and write the report."""
+    networks, notes = available(wanted.scores, wanted.weights, device, wanted.download)
     scorer = Scorer(gallery, networks, wanted.scores, device, again)
-    rows, sets, said = [], {}, list(notes)
-    for label in labels:
-        for kind in gallery.kinds:
+    rows, sets, said = [], {}, [*wanted.notes, *notes]
+    for kind in gallery.kinds:
+        rows += scorer.truths(kind)
+        for label in labels:
             rows += scorer.pairs(label, kind)
             sets[label, kind], more = scorer.sets(label, kind)
             said += more
-    facts = {
-        "command": wanted.command,
-        "device": str(device),
-        "precision": wanted.precision,
-        "checkpoint": Path(wanted.checkpoint).name,
-    }
-    facts |= {"networks of the scores": scorer.stamp or "none", "processes": world}
-    reference = labels[0]
-    return write_report(gallery, rows, sets, reference, facts, list(dict.fromkeys(said)), wanted.published)
+    if len(gallery.keys) < FEW:
+        said.append(f"{len(gallery.keys)} pictures: intervals of fewer than {FEW} are narrower than 95 %")
+    if again is not None:
+        partial = ", which is scored here itself" if again.label in labels else ""
+        said.append(f"reinpaint_*: {again.label} inpainted again{partial}; its own fills are the easier for it")
+    facts = {"command": wanted.command, "checkpoint": checkpoint, "device": str(device)}
+    facts |= {"precision": wanted.precision, "processes": world, "networks of the scores": scorer.identities or "none"}
+    names = [TRUTH, *labels]
+    rows.sort(key=lambda row: names.index(row["method"]))
+    return write_report(gallery, rows, sets, labels[0], facts, list(dict.fromkeys(said)), wanted.published)
+
+
+def check_scores(wanted: Evaluation) -> None:
+    """UserError for scores that there are not, or that cannot be asked for."""
+    for name in wanted.scores:
+        try:
+            network = network_of(name)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if network is None and name not in SLOW:
+            raise UserError(
+                f"--scores {name}: it is there always or not at all; what can be asked for needs a network "
+                f"(lpips_alex, fid-clothing, ...), or is one of {', '.join(SLOW)}"
+            )
 
 
 def make_makers(wanted: Evaluation, device: torch.device) -> Makers:

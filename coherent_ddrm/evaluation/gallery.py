@@ -1,6 +1,7 @@
 """The pictures and holes that all methods are given, as files, so that any program can fill them too.
 
-    OUT/truth/KEY.png   OUT/holes/KIND/KEY.png (white = missing)   OUT/results/METHOD/KIND/KEY.png   OUT/setting.json
+    OUT/setting.json   truth/KEY.png   holes/KIND/KEY.png (white = missing)   given/KIND/KEY.png (grey in the hole)
+    OUT/results/METHOD/KIND/KEY.png   OUT/hashes.json
 
 The setting is written first; another one in the same folder is refused, the same one goes on.
 """
@@ -11,7 +12,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,9 @@ from coherent_ddrm.masks import MAKERS, make_hole
 from coherent_ddrm.own_pictures import list_pictures
 
 SMALLEST_HOLE = 0.001  # share of the pixels; drawn again below
+GREY = np.uint8(128)  # in the hole of what a method is given
+
+Read = Callable[[], np.ndarray]  # -> uint8 (R, R, 3)
 
 
 class Gallery:
@@ -36,6 +40,8 @@ class Gallery:
     def __init__(self, folder: Path, setting: Setting):
         self.folder, self.setting = folder, setting
         self.kinds = dict(_kind(text) for text in setting.masks)  # -> the folder of its masks, None for a maker's
+        if len(self.kinds) < len(setting.masks):
+            raise UserError(f"two kinds of holes have one name in {', '.join(setting.masks)}; NAME=FOLDER names one")
 
     @cached_property
     def keys(self) -> list[str]:
@@ -50,13 +56,19 @@ class Gallery:
         """bool (R, R), True = missing"""
         return read_hole(self.folder / "holes" / kind / f"{key}.png")
 
+    def given(self, kind: str, key: str) -> np.ndarray:
+        """uint8 (R, R, 3), grey in the hole"""
+        return read_image(self.folder / "given" / kind / f"{key}.png")
+
     def result(self, method: str, kind: str, key: str, candidate: int = 0) -> Path:
         """Where a result lies."""
         name = key if self.setting.candidates == 1 else f"{key}-{candidate + 1}"
         return self.folder / "results" / method / kind / f"{name}.png"
 
-    def prepare(self) -> None:
-        """Write pictures, holes and setting, or check that they are there already.
+    # -- making --------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Write the setting, or check that it is the one that is there.
 
         Raises:
             UserError: the folder holds another evaluation, or nothing can be read from the data.
@@ -64,7 +76,7 @@ class Gallery:
         wanted = json.loads(json.dumps(asdict(self.setting)))
         file = self.folder / "setting.json"
         if file.exists():
-            there = {k: v for k, v in read_json(file).items() if k in wanted}
+            there = read_json(file)
             if changed := [name for name in wanted if there.get(name) != wanted[name]]:
                 name = changed[0]
                 raise UserError(
@@ -72,18 +84,38 @@ class Gallery:
                     "name another folder, or ask for the same"
                 )
             return
-        for place in ("truth", *(f"holes/{kind}" for kind in self.kinds)):
+        keys = list(find_pictures(self.setting))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, json.dumps(wanted | {"keys": keys}, indent=1).encode() + b"\n")
+
+    def make(self, rank: int = 0, world: int = 1) -> None:
+        """Write this process's share of pictures and holes, those that are not there yet."""
+        places = ["truth", *(f"{what}/{kind}" for what in ("holes", "given") for kind in self.kinds)]
+        for place in places:
             (self.folder / place).mkdir(parents=True, exist_ok=True)
-        keys = []
-        for key, picture in read_pictures(self.setting):
+        pictures = find_pictures(self.setting)
+        if list(pictures) != self.keys:
+            raise UserError(f"{self.setting.data}: not the pictures that {self.folder} was begun with")
+        for key in self.keys[rank::world]:
+            if all((self.folder / place / f"{key}.png").is_file() for place in places):
+                continue
+            picture = pictures[key]()
             write_image(self.folder / "truth" / f"{key}.png", picture)
             for kind, masks in self.kinds.items():
                 hole = self._make_hole(kind, masks, key, picture.shape[:2])
                 write_image(self.folder / "holes" / kind / f"{key}.png", np.uint8(255) * hole)
-            keys.append(key)
-        hashes = {kind: _hash_of(self.folder / "holes" / kind, keys) for kind in self.kinds}
-        facts = wanted | {"keys": keys, "truth_hash": _hash_of(self.folder / "truth", keys), "hole_hashes": hashes}
-        write_atomic(file, json.dumps(facts, indent=1).encode() + b"\n")
+                write_image(self.folder / "given" / kind / f"{key}.png", np.where(hole[..., None], GREY, picture))
+
+    def verify(self) -> dict[str, str]:
+        """Hashes of pictures and holes, written once and compared ever after. UserError if one was changed."""
+        places = {"truth": self.folder / "truth"} | {k: self.folder / "holes" / k for k in self.kinds}
+        found = {name: hash_of([place / f"{key}.png" for key in self.keys]) for name, place in places.items()}
+        file = self.folder / "hashes.json"
+        if not file.exists():
+            write_atomic(file, json.dumps(found, indent=1).encode() + b"\n")
+        if changed := [name for name, value in read_json(file).items() if found.get(name) != value]:
+            raise UserError(f"{places[changed[0]]}: pictures there were changed since; evaluate into another folder")
+        return found
 
     def _make_hole(self, kind: str, masks: Path | None, key: str, shape: tuple[int, int]) -> np.ndarray:
         if masks is None:
@@ -98,36 +130,43 @@ class Gallery:
         return hole
 
 
-def read_pictures(setting: Setting) -> Iterator[tuple[str, np.ndarray]]:
-    """(key, uint8 (R, R, 3)) of the pictures that are scored. UserError if there are none."""
+def find_pictures(setting: Setting) -> dict[str, Read]:
+    """How to read each picture that is scored, by its key, in order. UserError if there are none."""
     root = Path(setting.data)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder of pictures or shards")
     if (root / "manifest.json").is_file():
-        yield from _from_shards(root, setting)
-        return
+        return _in_shards(root, setting)
     names = list_pictures(root)
     if not names:
         raise UserError(f"{root}: no pictures and no shards in there")
-    taken: set[str] = set()
+    found: dict[str, Read] = {}
     for i in _spread(len(names), setting.count):
         key = _key(str(Path(names[i]).with_suffix("")))
-        if key in taken:
+        if key in found:
             raise UserError(f"{root}: two pictures are called {key!r}; results are told apart by name")
-        taken.add(key)
-        yield key, fit(read_image(root / names[i]), setting.size)
+        found[key] = lambda name=names[i]: fit(read_image(root / name), setting.size)
+    return found
 
 
-def _from_shards(root: Path, setting: Setting) -> Iterator[tuple[str, np.ndarray]]:
+def _in_shards(root: Path, setting: Setting) -> dict[str, Read]:
     try:
         shards = ShardDataset(root)
     except DataError as error:
         raise UserError(str(error)) from error
     if shards.resolution != setting.size:
         raise UserError(f"{root}: pictures of {shards.resolution} px, {setting.size} are wanted; give the photographs")
-    for i in _spread(len(shards), setting.count):
-        batch = shards.batch(np.array([i]))
-        yield _key(batch["key"][0]), batch["image"][0]
+    read = lambda i: shards.batch(np.array([i]))["image"][0]  # noqa: E731
+    return {_key(shards.key(i)): lambda i=i: read(i) for i in _spread(len(shards), setting.count)}
+
+
+def hash_of(files: Sequence[Path]) -> str:
+    """sha256 of the pixels of all pictures, whatever wrote the files."""
+    digest = hashlib.sha256()
+    for file in files:
+        with Image.open(file) as picture:
+            digest.update(np.asarray(picture).tobytes())
+    return digest.hexdigest()
 
 
 def _spread(length: int, count: int) -> Sequence[int]:
@@ -149,12 +188,3 @@ def _kind(text: str) -> tuple[str, Path | None]:
 def _key(text: str) -> str:
     """A name that is safe as that of a file."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip(".") or "_"
-
-
-def _hash_of(folder: Path, keys: Sequence[str]) -> str:
-    """sha256 of the pixels of all pictures, whatever wrote the files."""
-    digest = hashlib.sha256()
-    for key in keys:
-        with Image.open(folder / f"{key}.png") as picture:
-            digest.update(np.asarray(picture).tobytes())
-    return digest.hexdigest()

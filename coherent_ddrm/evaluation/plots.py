@@ -17,19 +17,21 @@ Row = Mapping[str, Any]
 MARKERS = "osD^vPX*<>ph"
 
 
-def quality_against_cost(summary: Sequence[Row], name: str, title: str) -> str:
-    """A score's mean over all holes by evaluations per picture, both ends of its interval drawn; SVG."""
+def quality_against_cost(pooled: Sequence[Row], name: str, title: str) -> str:
+    """A score's mean over all pictures and holes by evaluations per picture, with its interval; SVG.
+
+    Methods without a network stand at the left end; what another program made is left out, nobody counted there.
+    """
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
-    for i, method in enumerate(_methods(summary)):
-        own = [row for row in summary if row["method"] == method and row["scores"].get(name, {}).get("count")]
-        if not own:
+    for i, row in enumerate(pooled):
+        value = row["scores"].get(name, {})
+        if row["nfe"] is None or not value.get("count"):
             continue
-        mean, low, high = (sum(row["scores"][name][end] for row in own) / len(own) for end in ("mean", "low", "high"))
-        x = max(own[0]["nfe"] or 0, 0.5)  # those without a network stand at the left end
+        spread = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
         style = dict(color=f"C{i % 10}", marker=MARKERS[i % len(MARKERS)], capsize=3, linestyle="none")
-        axes.errorbar(x, mean, [[mean - low], [high - mean]], label=method, **style)
+        axes.errorbar(max(row["nfe"], 0.5), value["mean"], spread, label=row["method"], **style)
     axes.set_xscale("log")
     axes.set_xlabel("network evaluations per picture (no network: left end)")
     axes.set_ylabel(title)

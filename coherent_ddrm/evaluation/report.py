@@ -19,14 +19,14 @@ from PIL import Image
 from coherent_ddrm import __version__
 from coherent_ddrm.evaluation import plots, tables
 from coherent_ddrm.evaluation.gallery import Gallery
-from coherent_ddrm.evaluation.scores import write_csv
+from coherent_ddrm.evaluation.scores import TRUTH, write_csv
 from coherent_ddrm.export import write_atomic
 from coherent_ddrm.images import read_image
 from coherent_ddrm.metrics import describe
 from coherent_ddrm.sheets import contact_sheet
 
 Row = Mapping[str, Any]
-ARROW = {"higher": "↑", "lower": "↓", "one": "→ 1"}
+ARROW = {"higher": "↑", "lower": "↓", "one": "→ 1", "truth": "→ truth", "none": ""}
 HEADLINES = ("lpips_alex_hole", "pd-clothing_hole", "psnr_hole", "ssim_hole")  # plotted and tested
 PACKAGES = ("torch", "torchmetrics", "lpips", "torch-fidelity", "diffusers", "scikit-image", "opencv-python-headless")
 CELL, EACH = 96, 4  # side of a picture on a sheet; how many best, median and worst ones
@@ -51,13 +51,14 @@ def write_report(
         notes: what was left out or is to be read with care.
         published: a protocol's title, text, and rows of what papers report.
     """
+    results_of = [row for row in rows if row["method"] != TRUTH]
     summary = tables.summaries(rows)
     for row in summary:
         row["sets"] = dict(sets.get((row["method"], row["mask"]), {}))
-    names = tables.metric_names(rows)
+    names = tables.metric_names(results_of)
     chosen = [name for name in HEADLINES if name in names]
-    bins = tables.bins(rows)
-    tests = tables.differences(rows, reference, chosen) if reference else []
+    bins = tables.bins(results_of)
+    tests = tables.differences(results_of, reference, chosen)
     on_sets = list(dict.fromkeys(name for row in summary for name in row["sets"]))
     results = {
         "facts": {**facts, **surroundings()},
@@ -69,7 +70,7 @@ def write_report(
         "published": published,
     }
     folder = gallery.folder
-    write_csv(folder / "scores.csv", rows)
+    write_csv(folder / "scores.csv", results_of)
     write_atomic(folder / "results.json", json.dumps(_plain(results), indent=1).encode() + b"\n")
     titles = {name: title(name) for name in [*names, *on_sets]}
     columns = [*[name for name in names if name in (*chosen, "l1_hole", "seam", "sharpness", "changed")], *on_sets]
@@ -82,8 +83,8 @@ def write_report(
         meanings={name: describe(name) for name in [*names, *on_sets]},
         best=best_values(summary, [*names, *on_sets]),
         masks=list(dict.fromkeys(row["mask"] for row in summary)),
-        plots=draw_plots(summary, bins, chosen, titles),
-        sheets=draw_sheets(gallery, rows, chosen[0] if chosen else "psnr_hole"),
+        plots=draw_plots(tables.pooled(results_of), bins, chosen, titles),
+        sheets=draw_sheets(gallery, results_of, chosen[0] if chosen else "psnr_hole"),
         sorted_by=titles.get(chosen[0]) if chosen else title("psnr_hole"),
         reference=reference,
     )
@@ -94,7 +95,7 @@ def write_report(
 def title(name: str) -> str:
     """A score's name with the way that is better: "psnr, hole ↑"."""
     base = name.removesuffix("_hole")
-    return f"{base.replace('_', ' ')}{', hole' if base != name else ''} {ARROW[describe(name).better]}"
+    return f"{base.replace('_', ' ')}{', hole' if base != name else ''} {ARROW[describe(name).better]}".strip()
 
 
 def best_values(summary: Sequence[Row], names: Sequence[str]) -> dict[tuple[str, str], float]:
@@ -102,22 +103,24 @@ def best_values(summary: Sequence[Row], names: Sequence[str]) -> dict[tuple[str,
     best = {}
     for mask in {row["mask"] for row in summary}:
         for name in names:
-            found = [_mean_of(row, name) for row in summary if row["mask"] == mask]
-            found = [value for value in found if value is not None and np.isfinite(value)]
-            key = {"higher": lambda v: -v, "lower": lambda v: v, "one": lambda v: abs(v - 1)}[describe(name).better]
-            if found:
-                best[mask, name] = min(found, key=key)
+            values = {row["method"]: _mean_of(row, name) for row in summary if row["mask"] == mask}
+            aim, better = values.pop(TRUTH, None), describe(name).better
+            found = [value for value in values.values() if value is not None and np.isfinite(value)]
+            if not found or better == "none" or (better == "truth" and aim is None):
+                continue
+            far = {"higher": lambda v: -v, "lower": lambda v: v, "one": lambda v: abs(v - 1)}
+            best[mask, name] = min(found, key=far.get(better, lambda v, aim=aim: abs(v - aim)))
     return best
 
 
 def draw_plots(
-    summary: Sequence[Row], bins: Sequence[Row], names: Sequence[str], titles: Mapping[str, str]
+    pooled: Sequence[Row], bins: Sequence[Row], names: Sequence[str], titles: Mapping[str, str]
 ) -> list[dict[str, str]]:
     """Title and data: URI of each."""
     made = []
     for name in names:
         for what, draw, of in (
-            ("against network evaluations", plots.quality_against_cost, summary),
+            ("against network evaluations", plots.quality_against_cost, pooled),
             ("against the missing share", plots.quality_against_area, bins),
         ):
             data = base64.b64encode(draw(of, name, titles[name]).encode()).decode()
@@ -131,7 +134,7 @@ def draw_sheets(gallery: Gallery, rows: Sequence[Row], by: str) -> list[dict[str
     made = []
     for kind in gallery.kinds:
         keys = [gallery.keys[i] for i in np.linspace(0, len(gallery.keys) - 1, min(10, len(gallery.keys))).astype(int)]
-        lines = [[_shown(gallery, kind, key) for key in keys]]
+        lines = [[gallery.given(kind, key) for key in keys]]
         lines += [[read_image(gallery.result(method, kind, key)) for key in keys] for method in methods]
         lines.append([gallery.truth(key) for key in keys])
         labels = ["given", *(name[:14] for name in methods), "truth"]
@@ -163,13 +166,9 @@ def surroundings() -> dict[str, Any]:
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-def _shown(gallery: Gallery, kind: str, key: str) -> np.ndarray:
-    return np.where(gallery.hole(kind, key)[..., None], np.uint8(128), gallery.truth(key))
-
-
 def _triple(gallery: Gallery, row: Row) -> list[np.ndarray]:
     result = gallery.result(row["method"], row["mask"], row["key"])
-    return [_shown(gallery, row["mask"], row["key"]), read_image(result), gallery.truth(row["key"])]
+    return [gallery.given(row["mask"], row["key"]), read_image(result), gallery.truth(row["key"])]
 
 
 def _png(lines: Sequence[Sequence[np.ndarray]], titles: Sequence[str], labels: Sequence[str]) -> str:

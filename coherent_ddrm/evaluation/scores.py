@@ -1,11 +1,16 @@
-"""Scores of every result, read back from its PNG, beside the truth's PNG; kept per method and kind of hole."""
+"""Scores of every result, read back from its PNG, beside the truth's PNG; kept per method and kind of hole.
+
+Known pixels are given back before anything is measured but `changed` and `measurement_error`, so that pictures of
+another program are scored as ours are.
+"""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coherent_ddrm import __version__
 from coherent_ddrm.errors import UserError
 from coherent_ddrm.evaluation.gallery import Gallery
 from coherent_ddrm.evaluation.methods import Method
@@ -21,16 +27,21 @@ from coherent_ddrm.evaluation.work import records
 from coherent_ddrm.export import read_json, write_atomic
 from coherent_ddrm.images import read_image
 from coherent_ddrm.metrics import (
+    changed,
     diversity,
     foreground_iou,
+    measurement_error,
     reinpaint_invented,
     reinpaint_known,
     score_pairs,
     score_sets,
 )
+from coherent_ddrm.operators import Inpainting
 
 BATCH = 32
 SLOW = ("foreground_iou", "reinpaint_known", "reinpaint_invented")
+BY_ITSELF = ("surround_agreement", "mirror_agreement")  # need no truth, so the truth has a value of its own
+TRUTH = "the truth"  # the row with these values
 FACTS = ("method", "mask", "key", "candidate", "hole_hash", "hole_share", "area", "nfe", "seconds", "memory")
 
 
@@ -52,43 +63,79 @@ class Scorer:
         again: Method | None = None,
     ):
         self.gallery, self.networks, self.wanted, self.device, self.again = gallery, networks, wanted, device, again
-        self.stamp = {name: getattr(net, "identity", "") for name, net in sorted(networks.items())}
-        self.stamp |= {name: "" if again is None else again.label for name in SLOW if name in wanted}
-        self._real: dict[str, Tensor] | None = None
+        self.identities = {name: getattr(net, "identity", "") for name, net in sorted(networks.items())}
+        self.hashes = gallery.verify()
 
     def pairs(self, label: str, kind: str) -> list[dict[str, Any]]:
         """A row per result. UserError while some are missing."""
         noted, rows = records(self.gallery, label, kind), []
         if missing := [key for key in self.gallery.keys if key not in noted]:
             raise UserError(f"{label}, {kind}: {len(missing)} results are missing, the first of {missing[0]!r}")
-        kept = self.gallery.folder / "results" / label / kind / "scores.json"
-        if kept.is_file() and (found := read_json(kept)).get("networks") == self.stamp:
+        kept, stamp = self.gallery.folder / "results" / label / kind / "scores.json", self._stamp(label, kind)
+        if kept.is_file() and (found := read_json(kept)).get("stamp") == stamp:
             return found["rows"]
         count = self.gallery.setting.candidates
-        for first in range(0, len(self.gallery.keys), BATCH):
-            keys = self.gallery.keys[first : first + BATCH]
+        for keys in self._batches():
             truth, hole = self._truth(keys), self._holes(kind, keys)
-            candidates = [self._results(label, kind, keys, k) for k in range(count)]
-            spread = diversity(torch.stack(candidates), hole) if count > 1 else None
+            raw = [self._results(label, kind, keys, k) for k in range(count)]
+            candidates = [torch.where(hole, result, truth) for result in raw]
+            spread = {"diversity": diversity(torch.stack(candidates), hole)} if count > 1 else {}
             for k, result in enumerate(candidates):
-                scores = score_pairs(result, truth, hole, self.networks) | self._slow(result, truth, hole)
-                if spread is not None:
-                    scores["diversity"] = spread
+                scores = score_pairs(result, truth, hole, self.networks) | spread | self._slow(result, truth, hole)
+                scores |= {"changed": changed(raw[k], truth, hole), "measurement_error": _error(raw[k], truth, hole)}
                 rows += self._rows(label, kind, keys, k, hole, scores, noted)
-        write_atomic(kept, json.dumps({"networks": self.stamp, "rows": rows}).encode())
+        write_atomic(kept, json.dumps({"stamp": stamp, "rows": rows}).encode())
+        return rows
+
+    def truths(self, kind: str) -> list[dict[str, Any]]:
+        """The truth's own values of the scores that need no truth, rows as of a method."""
+        rows, nothing = [], {key: dict.fromkeys(("nfe", "seconds", "memory")) for key in self.gallery.keys}
+        for keys in self._batches():
+            truth, hole = self._truth(keys), self._holes(kind, keys)
+            scores = score_pairs(truth, truth, hole)
+            own = {name: scores[name] for name in BY_ITSELF}
+            rows += self._rows(TRUTH, kind, keys, 0, hole, own, nothing)
         return rows
 
     def sets(self, label: str, kind: str) -> tuple[dict[str, float], list[str]]:
         """Scores of the whole set, and what is to be said of them."""
-        extractors = {name: net for name, net in self.networks.items() if hasattr(net, "features")}
-        if not extractors:
+        if not self._extractors:
             return {}, []
-        if self._real is None:
-            self._real = self._features(extractors, self._truth)
-        read = lambda keys: self._results(label, kind, keys, 0)  # noqa: E731
-        return score_sets(self.wanted, self._real, self._features(extractors, read))
+
+        def read(keys: Sequence[str]) -> Tensor:
+            return torch.where(self._holes(kind, keys), self._results(label, kind, keys, 0), self._truth(keys))
+
+        return score_sets(self.wanted, self._real, self._features(read))
 
     # -- parts ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _extractors(self) -> dict[str, nn.Module]:
+        return {name: net for name, net in self.networks.items() if hasattr(net, "features")}
+
+    @cached_property
+    def _real(self) -> dict[str, Tensor]:
+        return self._features(self._truth)
+
+    def _features(self, read: Callable[[Sequence[str]], Tensor]) -> dict[str, Tensor]:
+        found: dict[str, list[Tensor]] = {name: [] for name in self._extractors}
+        for keys in self._batches():
+            pictures = read(keys)
+            for name, net in self._extractors.items():
+                found[name].append(net.features(pictures).float().cpu())
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def _stamp(self, label: str, kind: str) -> dict[str, Any]:
+        """All that the scores hang on."""
+        digest = hashlib.sha256()
+        for key in self.gallery.keys:
+            for k in range(self.gallery.setting.candidates):
+                digest.update(self.gallery.result(label, kind, key, k).read_bytes())
+        slow = sorted(name for name in SLOW if name in self.wanted)
+        again = self.again.facts if self.again and any(name.startswith("reinpaint") for name in slow) else None
+        stamp = {"version": __version__, "results": digest.hexdigest(), "truth": self.hashes["truth"]}
+        stamp |= {"holes": self.hashes[kind], "networks": self.identities, "slow": slow, "again": again}
+        return json.loads(json.dumps(stamp))
 
     def _slow(self, result: Tensor, truth: Tensor, hole: Tensor) -> dict[str, Tensor]:
         scores = {}
@@ -106,14 +153,6 @@ class Scorer:
         if len(some):
             arrays[some] = self.again.fill(arrays[some], holes[some], [0] * len(some)).pictures
         return torch.from_numpy(arrays).permute(0, 3, 1, 2).to(self.device)
-
-    def _features(self, extractors: Mapping[str, nn.Module], read: Any) -> dict[str, Tensor]:
-        keys, found = self.gallery.keys, {name: [] for name in extractors}
-        for first in range(0, len(keys), BATCH):
-            pictures = read(keys[first : first + BATCH])
-            for name, net in extractors.items():
-                found[name].append(net.features(pictures).float().cpu())
-        return {name: torch.cat(parts) for name, parts in found.items()}
 
     def _rows(
         self,
@@ -133,6 +172,10 @@ class Scorer:
             facts |= {"area": area_bin(share)} | {k: noted[key][k] for k in ("nfe", "seconds", "memory")}
             rows.append(facts | {name: _finite(value[i]) for name, value in values.items()})
         return rows
+
+    def _batches(self) -> list[list[str]]:
+        keys = self.gallery.keys
+        return [keys[first : first + BATCH] for first in range(0, len(keys), BATCH)]
 
     def _truth(self, keys: Sequence[str]) -> Tensor:
         return self._stack([self.gallery.truth(key) for key in keys])
@@ -156,6 +199,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     beside.replace(path)
+
+
+def _error(result: Tensor, truth: Tensor, hole: Tensor) -> Tensor:
+    """max |A x - y| of each result on the [-1, 1] scale, (B,)."""
+    operator = Inpainting(hole.float())
+    return measurement_error(result, operator.A(truth.float() / 127.5 - 1), operator)
 
 
 def _finite(value: float) -> float | None:

@@ -33,7 +33,10 @@ class Difference(NamedTuple):
 
 
 def interval(values: np.ndarray, seed: int = 0) -> Interval:
-    """Mean and 95 % percentile bootstrap interval over pictures. One value, or equal ones, have no width."""
+    """Mean and 95 % percentile bootstrap interval over pictures. Equal values have no width, one value no interval.
+
+    With few pictures it is too narrow: it covers the mean in about 86 % of sets of 5, 90 % of 10, 94 % of 100.
+    """
     kept = np.asarray(values, dtype=float)
     kept = kept[np.isfinite(kept)]
     if not len(kept):
@@ -43,7 +46,7 @@ def interval(values: np.ndarray, seed: int = 0) -> Interval:
 
 
 def difference(values: np.ndarray, against: np.ndarray, seed: int = 0) -> Difference:
-    """Paired: interval by bootstrap of the differences, p by flipping their signs at random (at least 1 / 10,000)."""
+    """Paired: interval by bootstrap of the differences, p by flipping their signs at random (at least 2 / 10,000)."""
     apart = np.asarray(values, dtype=float) - np.asarray(against, dtype=float)
     apart = apart[np.isfinite(apart)]
     if len(apart) < 2:
@@ -91,7 +94,9 @@ AREA_BINS = tuple(area_bin(high) for high in BINS[1:])
 
 
 def _bootstrap(values: np.ndarray, seed: int) -> tuple[float, float]:
-    if len(values) < 2 or not np.ptp(values):
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    if not np.ptp(values):
         return float(values[0]), float(values[0])
     found = stats.bootstrap(
         (values,),

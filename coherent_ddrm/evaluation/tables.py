@@ -30,6 +30,15 @@ def summaries(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
+def pooled(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Per method, over all kinds of holes: every score's mean and interval over pictures, evaluations per result."""
+    found = []
+    for (method,), group in _groups(rows, "method"):
+        scores = {name: interval(_per_picture(group, name))._asdict() for name in metric_names(group)}
+        found.append(dict(method=method, scores=scores, nfe=_mean([row["nfe"] for row in group])))
+    return found
+
+
 def bins(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Per method and bin of the missing share, over all kinds of holes: mean scores and how many results."""
     found = []
@@ -91,7 +100,7 @@ def _cell(value: Mapping[str, float] | float | None) -> str:
         return ""
     half = (value["high"] - value["low"]) / 2
     digits = 2 if abs(value["mean"]) >= 5 else 3
-    return f"{value['mean']:.{digits}f} ± {half:.{digits}f}"
+    return f"{value['mean']:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -111,7 +120,12 @@ def _per_picture(rows: Sequence[Row], name: str) -> np.ndarray:
     for row in rows:
         value = row.get(name)
         values.setdefault(row["key"], []).append(np.nan if value is None else value)
-    return np.array([np.mean(values[key]) for key in sorted(values)])
+    return np.array([_mean_or_nan(values[key]) for key in sorted(values)])
+
+
+def _mean_or_nan(values: Sequence[float]) -> float:
+    kept = [value for value in values if np.isfinite(value)]
+    return float(np.mean(kept)) if kept else np.nan
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -1,15 +1,18 @@
 """Every method on every picture and hole, once: resumable, and shared out over processes.
 
-Beside the results of a method and a kind of hole lies record-RANK.jsonl, a line per picture, written after its files.
+Beside the results of a method lies method.json, which says how they are made; others are not mixed with them. Beside
+those of a kind of hole lies record-RANK.jsonl, a line per picture, written after its files.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -17,7 +20,28 @@ from tqdm import tqdm
 from coherent_ddrm.errors import UserError
 from coherent_ddrm.evaluation.gallery import Gallery
 from coherent_ddrm.evaluation.methods import Method
+from coherent_ddrm.export import read_json, write_atomic
 from coherent_ddrm.images import read_image, write_image
+
+ADOPTED = {"made_by": "another program"}
+LOSSLESS = (".png", ".bmp", ".tif", ".tiff")
+
+
+def claim(gallery: Gallery, label: str, facts: Mapping[str, Any]) -> None:
+    """Say how the results called `label` are made. UserError if those that are there were made otherwise."""
+    folder = gallery.folder / "results" / label
+    file, facts = folder / "method.json", json.loads(json.dumps(facts))
+    if file.is_file():
+        there = read_json(file)
+        names = [name for name in {**there, **facts} if there.get(name) != facts.get(name)]
+        if names:
+            raise UserError(
+                f"{folder} holds results with {names[0]} {there.get(names[0])!r}, not {facts.get(names[0])!r}; "
+                "remove them, or evaluate into another folder"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps(facts, indent=1).encode() + b"\n")
 
 
 def carry_out(gallery: Gallery, method: Method, batch: int, rank: int = 0, world: int = 1, quiet: bool = False) -> None:
@@ -28,17 +52,27 @@ def carry_out(gallery: Gallery, method: Method, batch: int, rank: int = 0, world
         folder = gallery.folder / "results" / method.label / kind
         folder.mkdir(parents=True, exist_ok=True)
         chunks = list(_chunks(mine, batch))
-        with open(folder / f"record-{rank}.jsonl", "a", buffering=1) as log:
+        with open(folder / f"record-{rank}.jsonl", "a+", buffering=1) as log:
+            _end_line(log)
             for keys in tqdm(chunks, desc=f"{method.label}, {kind}", unit="batch", disable=quiet or not chunks):
                 log.writelines(json.dumps(row) + "\n" for row in _fill(gallery, method, kind, keys))
 
 
+def _end_line(log: Any) -> None:
+    """A line that a kill cut short gets its end, so that the next one stands alone."""
+    size = log.seek(0, os.SEEK_END)
+    if size:
+        log.seek(size - 1)
+        if log.read(1) != "\n":
+            log.write("\n")
+
+
 def _fill(gallery: Gallery, method: Method, kind: str, keys: Sequence[str]) -> list[dict]:
-    truths, holes = [gallery.truth(key) for key in keys], [gallery.hole(kind, key) for key in keys]
+    given, holes = [gallery.given(kind, key) for key in keys], [gallery.hole(kind, key) for key in keys]
     count, rows = gallery.setting.candidates, []
     every = lambda arrays: np.stack([array for array in arrays for _ in range(count)])  # noqa: E731
     seeds = [_seed(gallery.setting.seed, kind, key, k) for key in keys for k in range(count)]
-    filled = method.fill(every(truths), every(holes), seeds)
+    filled = method.fill(every(given), every(holes), seeds)
     for i, key in enumerate(keys):
         for k in range(count):
             write_image(gallery.result(method.label, kind, key, k), filled.pictures[i * count + k])
@@ -68,44 +102,56 @@ def records(gallery: Gallery, label: str, kind: str) -> dict[str, dict]:
 
 
 def ranks() -> tuple[int, int]:
-    """(rank, number of processes) that torchrun or accelerate launched."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(rank, number of processes) that torchrun or accelerate launched; (0, 1) without."""
+    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def adopt(gallery: Gallery, label: str, folder: Path) -> None:
-    """Take in results that another program made: FOLDER/KIND/KEY.png, or FOLDER/KEY.png where there is one kind.
+# -- pictures of another program ---------------------------------------------------------------------------------------
 
-    Raises UserError for a file that is missing or of another size. A copy lies in the report's folder afterwards; what
-    differs in known pixels stays as it is, and is counted.
-    """
+
+def find_results(gallery: Gallery, folder: Path) -> dict[Path, Path]:
+    """Where each picture that another program made has to lie -> where it lies: FOLDER/KIND/KEY.png, or FOLDER/KEY.png
+    where there is one kind. UserError for one that is missing, lossy or of another size."""
+    found: dict[Path, Path] = {}
     for kind in gallery.kinds:
         place = folder / kind if (folder / kind).is_dir() or len(gallery.kinds) > 1 else folder
-        target = gallery.folder / "results" / label / kind
-        target.mkdir(parents=True, exist_ok=True)
-        rows = []
         for key in gallery.keys:
             for k in range(gallery.setting.candidates):
-                goal = gallery.result(label, kind, key, k)
-                picture = read_image(_lossless(place, goal.stem))
-                if picture.shape[:2] != (gallery.setting.size,) * 2:
-                    height, width = picture.shape[:2]
-                    raise UserError(f"{place}/{goal.stem}: {width} x {height}, the truth has {gallery.setting.size} px")
-                write_image(goal, picture)
-            rows.append({"key": key, "nfe": None, "seconds": None, "memory": None})
-        (target / "record-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                goal = gallery.result("-", kind, key, k)
+                file = _lossless(place, goal.stem)
+                height, width = read_image(file).shape[:2]
+                if (height, width) != (gallery.setting.size,) * 2:
+                    raise UserError(f"{file}: {width} x {height}, the truth has {gallery.setting.size} px")
+                found[goal.relative_to(gallery.folder / "results" / "-")] = file
+    return found
+
+
+def adopt(gallery: Gallery, label: str, files: Mapping[Path, Path]) -> None:
+    """Take in what `find_results` found, in place of what was taken in so before. What differs in known pixels stays.
+
+    UserError where results of a method of ours are called so.
+    """
+    folder = gallery.folder / "results" / label
+    claim(gallery, label, ADOPTED)
+    for kind in gallery.kinds:
+        shutil.rmtree(folder / kind, ignore_errors=True)
+        (folder / kind).mkdir(parents=True)
+    for goal, file in files.items():
+        write_image(folder / goal, read_image(file))
+    rows = [{"key": key, "nfe": None, "seconds": None, "memory": None} for key in gallery.keys]
+    for kind in gallery.kinds:
+        (folder / kind / "record-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _lossless(folder: Path, stem: str) -> Path:
-    found = [
-        folder / f"{stem}{suffix}"
-        for suffix in (".png", ".bmp", ".tif", ".tiff")
-        if (folder / f"{stem}{suffix}").is_file()
-    ]
-    if found:
-        return found[0]
+    for suffix in LOSSLESS:
+        if (folder / f"{stem}{suffix}").is_file():
+            return folder / f"{stem}{suffix}"
     lossy = [path.name for path in folder.glob(f"{stem}.*")]
     what = f"only {lossy[0]}, which is not lossless" if lossy else "nothing"
-    raise UserError(f"{folder}: {what} for {stem!r}; results are scored as PNG, named as the pictures in truth/")
+    raise UserError(f"{folder}: {what} for {stem!r}; results are scored as PNG, named as the pictures in given/")
 
 
 def _chunks(keys: Sequence[str], size: int) -> Iterator[Sequence[str]]:
