@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from coherent_ddrm.metrics import (
+    METRICS,
     diversity,
     edge_f1,
     foreground_iou,
@@ -14,6 +15,7 @@ from coherent_ddrm.metrics import (
     mirror_agreement,
     reinpaint_invented,
     reinpaint_known,
+    score_pairs,
     segmentation_iou,
     surround_agreement,
 )
@@ -77,6 +79,15 @@ def test_colour_agreement_by_hand():
     assert surround_agreement(image, torch.ones(1, 1, 64, 64)).isnan().all()
     # Four columns of cells beside the axis would find grey or white of their own side among their neighbours.
     assert float(mirror_agreement(image, right_half())) == pytest.approx(expected, rel=0.01)
+
+
+def test_more_agreement_than_the_truths_is_no_better():
+    """Bare wall agrees with its surroundings better than the red sleeve that the picture has there."""
+    truth, hole = shirt(RED), right_half()
+    wall = torch.where(hole.bool(), torch.tensor(WALL, dtype=torch.uint8)[:, None, None], truth)
+    own, empty = (score_pairs(x, truth, hole) for x in (truth, wall))
+    assert float(own["surround_agreement"]) < 0.9 < 0.99 < float(empty["surround_agreement"])
+    assert {METRICS[name].better for name in ("surround_agreement", "mirror_agreement")} == {"truth"}
 
 
 def telea(image: Tensor, hole: Tensor) -> Tensor:

@@ -111,7 +111,8 @@ def test_pickles_are_read_as_tensors_only_and_their_hash_is_checked(tmp_path, mo
     (tmp_path / ALEX).rename(tmp_path / name)
     monkeypatch.setitem(sources.FILES, "lpips_alex", f"https://example.org/{name}")
     networks, notes = available(["lpips_alex"], tmp_path)
-    assert not notes and networks["lpips_alex"].identity == name
+    digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()[:16]
+    assert not notes and networks["lpips_alex"].identity == f"{name}, sha256 {digest}"
 
     class Evil:
         def __reduce__(self):
@@ -121,6 +122,27 @@ def test_pickles_are_read_as_tensors_only_and_their_hash_is_checked(tmp_path, mo
     monkeypatch.setitem(sources.FILES, "lpips_alex", "https://example.org/evil.pth")
     networks, notes = available(["lpips_alex"], tmp_path)
     assert not networks and "cannot be read" in notes[0]
+
+
+def test_a_network_is_called_by_the_hash_of_its_own_file(tmp_path, monkeypatch):
+    """The name of a .safetensors holds the hash of the publisher's .pth, whatever is in it."""
+    file = tmp_path / ALEX.replace(".pth", ".safetensors")
+    state, called = trunk_state("alex"), []
+    for factor in (1, 2):
+        save_file({name: factor * weight for name, weight in state.items()}, file)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        called.append(available(["lpips_alex"], tmp_path)[0]["lpips_alex"].identity)
+        assert called[-1] == f"{file.name}, sha256 {digest[:16]}"
+    assert called[0] != called[1]
+
+    def fetch(url, target, *args, **options):
+        torch.save(state, target)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    monkeypatch.setitem(sources.FILES, "lpips_alex", "https://example.org/fetched.pth")
+    networks, notes = available(["lpips_alex"])
+    digest = hashlib.sha256((tmp_path / "hub" / "checkpoints" / "fetched.pth").read_bytes()).hexdigest()
+    assert not notes and networks["lpips_alex"].identity == f"fetched.pth, sha256 {digest[:16]}"
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Scores of pictures in pairs, against scikit-image and against pictures whose score is known by hand."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,9 @@ def test_without_a_hole_its_scores_are_no_numbers():
     x, truth = (tensor(v) for v in noisy_pair())
     scores = score_pairs(x, truth, torch.zeros(1, 1, 40, 48))
     nan = {name for name, value in scores.items() if value.isnan().any()}
-    assert nan == {"psnr_hole", "ssim_hole", "l1_hole", "sharpness", "surround_agreement", "mirror_agreement"}
+    assert nan == {
+        *("psnr_hole", "ssim_hole", "l1_hole", "seam", "sharpness", "surround_agreement", "mirror_agreement")
+    }
     corner = rectangle(40, 48, slice(0, 4), slice(0, 4))  # no window of SSIM is centred there
     assert score_pairs(x, truth, corner)["ssim_hole"].isnan().all()
 
@@ -124,9 +127,10 @@ def test_seam_counts_the_step_at_the_border_alone():
     hole = torch.zeros(2, 1, 8, 10)
     hole[0, :, :, 5:] = 1
     pairs = 3 * 8 + 2 * 7  # across and beside the border, and along its two columns
-    expected = torch.tensor([0.25 * 8 / pairs, 0.0])
-    torch.testing.assert_close(seam(truth + 0.25 * hole, truth, hole), expected)
-    assert not seam(truth, truth, hole).any()
+    value = seam(truth + 0.25 * hole, truth, hole)
+    torch.testing.assert_close(value[:1], torch.tensor([0.25 * 8 / pairs]))
+    assert seam(truth, truth, hole)[0] == 0
+    assert value[1].isnan() and seam(truth, truth, torch.ones_like(hole)).isnan().all()  # no border: nothing to praise
 
 
 def test_a_planted_seam_raises_seam_more_than_the_same_error_far_from_it():
@@ -151,6 +155,18 @@ def test_sharpness_is_the_ratio_of_gradients():
     x = truth.clone()
     x[..., :4, :], x[..., 11:, :], x[..., :4], x[..., 11:] = 0, 0, 0, 0  # differences reach one pixel beyond the hole
     torch.testing.assert_close(sharpness(x, truth, hole), torch.ones(2))
+
+
+def test_a_flat_truth_has_no_sharpness():
+    noise = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    truth = torch.full_like(noise, 255)
+    truth[1, :, 8, 8] = 253  # nearly flat
+    truth[2] = torch.randint(0, 256, (3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    value = score_pairs(noise, truth, torch.ones(3, 1, 16, 16))["sharpness"]
+    assert value[:2].isnan().all() and float(value[2]) == pytest.approx(1, abs=0.1)
+    ramp = torch.arange(16.0).expand(1, 3, 16, 16) / 255
+    hole = torch.ones(1, 1, 16, 16)
+    assert sharpness(ramp, 0.9 * ramp, hole).isnan() and sharpness(ramp, 1.1 * ramp, hole).isfinite()
 
 
 def test_changed_counts_values_of_known_pixels():
@@ -191,6 +207,17 @@ def test_l1_of_a_part():
     x, truth = (tensor(v).float() / 255 for v in noisy_pair())
     where = rectangle(40, 48, slice(0, 10), slice(0, 48))
     torch.testing.assert_close(l1(x, truth, where), (x - truth)[..., :10, :].abs().mean()[None])
+
+
+def test_the_page_tells_which_way_is_better():
+    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    words = {"higher": "higher", "lower": "lower", "1": "one", "the truth's": "truth", "none": "none"}
+    rows = [line.strip("|").split("|") for line in page.replace(r"\|", "").splitlines() if line.startswith("| `")]
+    told = {}
+    for cells in (row for row in rows if len(row) == 4):
+        for name in re.findall(r"`([a-z0-9_-]+)(?:-NETWORK)?`", cells[0]):
+            told[name] = words[cells[3].strip()]
+    assert {name: way for name, way in told.items() if name in METRICS} == {n: m.better for n, m in METRICS.items()}
 
 
 def test_the_page_tells_every_score_and_file():

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from coherent_ddrm.metrics.pixels import mean_over
 
+FLAT = 1 / 255  # mean gradient of the truth below which no ratio to it means anything
+
 
 def seam(x: Tensor, truth: Tensor, hole: Tensor) -> Tensor:
     """Mean absolute error of the differences between neighbouring pixels along the hole's border, (B,).
 
-    The border: pixels whose 3 x 3 neighbourhood holds known and missing ones. 0 where a picture has none.
+    The border: pixels whose 3 x 3 neighbourhood holds known and missing ones. nan where there is none: no hole, or all.
     x, truth: (B, C, H, W); hole: (B, 1, H, W).
     """
     hole = hole.to(x.dtype)
@@ -21,7 +23,7 @@ def seam(x: Tensor, truth: Tensor, hole: Tensor) -> Tensor:
         pair = (near.narrow(axis, 0, near.shape[axis] - 1) + near.narrow(axis, 1, near.shape[axis] - 1)).clamp(max=1)
         wrong = (x.diff(dim=axis) - truth.diff(dim=axis)).abs().mean(dim=1, keepdim=True)
         error, total = error + (pair * wrong).flatten(1).sum(dim=1), total + pair.flatten(1).sum(dim=1)
-    return error / total.clamp(min=1)
+    return error / total  # 0 / 0 without a border
 
 
 def gradient_magnitude(x: Tensor) -> Tensor:
@@ -31,7 +33,11 @@ def gradient_magnitude(x: Tensor) -> Tensor:
 
 
 def sharpness(x: Tensor, truth: Tensor, hole: Tensor) -> Tensor:
-    """Mean gradient magnitude in the hole over the truth's there, (B,): 1 = as sharp; nan without a hole."""
+    """Mean gradient magnitude in the hole over the truth's there, (B,): 1 = as sharp.
+
+    nan without a hole, and where the truth's is below 1 / 255: there the ratio tells of rounding and noise, and one
+    flat picture would decide a mean over many.
+    """
     inside = hole[..., :-1, :-1]
     ours, theirs = (mean_over(gradient_magnitude(v), inside) for v in (x, truth))
-    return ours / theirs.clamp(min=1e-6)
+    return (ours / theirs).masked_fill(theirs < FLAT, float("nan"))

@@ -90,29 +90,32 @@ def _published(url: str, folder: Path | None, download: bool) -> tuple[dict[str,
     for place in [cache] if folder is None else [folder, cache]:
         for file in (place / name, (place / name).with_suffix(".safetensors")):
             if file.is_file():
-                return _read(file), file.name
+                return _read(file)
     reason = "downloads are off"
     if download:
         try:
             with redirect_stdout(sys.stderr):  # it says what it fetches
                 options = dict(map_location="cpu", progress=False, check_hash=True, weights_only=True)
-                return torch.hub.load_state_dict_from_url(url, **options), name
+                torch.hub.load_state_dict_from_url(url, **options)
+            return _read(cache / name)
         except UNREADABLE as error:
             reason = f"and it could not be fetched ({one_line(error)})"
     where = folder or cache
     raise CheckpointError(f"no weights: put {name} from {url} into {where} (it is not there, {reason})")
 
 
-def _read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file. A .pth is read as tensors only, after its hash was compared with the one in its name."""
+def _read(file: Path) -> tuple[dict[str, Tensor], str]:
+    """(tensors, what it is) of a file. A .pth is read as tensors only, after its hash was compared with the one in its
+    name. A .safetensors has another hash than the .pth it is named after: what it is, its own hash alone tells."""
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        wanted = re.search(r"-([0-9a-f]{8})$", file.stem)
         found = _sha256(file)
+        identity = f"{file.name}, sha256 {found[:16]}"
+        if file.suffix == ".safetensors":
+            return load_file(file), identity
+        wanted = re.search(r"-([0-9a-f]{8})$", file.stem)
         if wanted and not found.startswith(wanted[1]):
             raise CheckpointError(f"{file}: its SHA-256 is {found[:8]}..., not {wanted[1]}...; fetch it again")
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True), identity
     except CheckpointError:
         raise
     except UNREADABLE as error:

@@ -1,4 +1,4 @@
-"""Every score by name: its unit, which way is better, what it says.
+"""Every score by name: its unit, which way is better, if any, what it says.
 
 A name is a base of the table, with -NETWORK for a network of one's own (pd-clothing, fid-clothing) and _hole for the
 hole alone (psnr_hole, pd-clothing_hole).
@@ -10,10 +10,14 @@ from typing import Literal, NamedTuple
 
 
 class Metric(NamedTuple):
-    """One row of the table. `better`: higher, lower, or "one": best at 1."""
+    """One row of the table.
+
+    `better`: "higher" or "lower"; "one": best at 1; "truth": best at what the truth itself has, beyond which a higher
+    value is no better (`score_pairs(truth, truth, hole)` gives it); "none": it tells of something, not how good it is.
+    """
 
     unit: str
-    better: Literal["higher", "lower", "one"]
+    better: Literal["higher", "lower", "one", "truth", "none"]
     meaning: str
 
 
@@ -29,18 +33,18 @@ METRICS: dict[str, Metric] = {
     "edge_f1": Metric("0 to 1", "higher", "edges in the hole against the truth's, within one pixel"),
     "segmentation_iou": Metric("0 to 1", "higher", "mean overlap of the labels that occur"),
     "foreground_iou": Metric("0 to 1", "higher", "overlap of the foregrounds that GrabCut finds"),
-    "surround_agreement": Metric("0 to 1", "higher", "colours of the hole that its surroundings have"),
-    "mirror_agreement": Metric("0 to 1", "higher", "colours of the hole against those across the axis"),
+    "surround_agreement": Metric("0 to 1", "truth", "colours of the hole that its surroundings have"),
+    "mirror_agreement": Metric("0 to 1", "truth", "colours of the hole against those across the axis"),
     "reinpaint_known": Metric("of [0, 1]", "lower", "known pixels around the hole, inpainted from the fill"),
     "reinpaint_invented": Metric("of [0, 1]", "lower", "parts of the fill, inpainted again from the rest"),
     "changed": Metric("values", "lower", "8-bit values of known pixels that differ"),
     "measurement_error": Metric("of [-1, 1]", "lower", "max |A x - y|"),
-    "diversity": Metric("of its distance", "higher", "mean distance of two candidates"),
+    "diversity": Metric("of its distance", "none", "mean distance of two candidates"),
     "fid": Metric("from 0", "lower", "Fréchet distance of Gaussians fitted to features"),
     "fid_infinity": Metric("about 0 and up", "lower", "FID extrapolated to endless sets"),
-    "fid_infinity_spread": Metric("of FID", "lower", "standard deviation over subsets"),
+    "fid_infinity_spread": Metric("of FID", "none", "standard deviation over subsets"),
     "kid": Metric("about 0 and up", "lower", "squared MMD of features, cubic kernel, unbiased"),
-    "kid_spread": Metric("of KID", "lower", "standard deviation over subsets"),
+    "kid_spread": Metric("of KID", "none", "standard deviation over subsets"),
     "p_ids": Metric("0 to 0.5", "higher", "results that a linear SVM finds more real than their truth"),
     "u_ids": Metric("0 to 0.5", "higher", "share that a linear SVM gets wrong"),
 }

@@ -57,7 +57,7 @@ def scores(x: Tensor, x0: Tensor, hole: Tensor, perceptual, classifier) -> dict[
         "features": perceptual_loss(perceptual, x, x0),
         "classifier": 1 - torch.cosine_similarity(last(x), last(x0), dim=1),
     }
-    return {name: round(float(value.mean()), 4) for name, value in values.items()}
+    return {name: round(float(value.nanmean()), 4) for name, value in values.items()}
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def table(net, planner, x0: Tensor, holes: dict[str, Tensor | None], times: tupl
             unit = (x.clamp(-1, 1) + 1) / 2
             scores = {"psnr": psnr(unit, truth, hole), "ssim": ssim(unit, truth, hole), "l1": l1(unit, truth, hole)}
             scores |= {} if hole is None else {"seam": seam(unit, truth, hole)}
-            scores = {k: round(float(v.mean()), 4) for k, v in scores.items()}
+            scores = {k: round(float(v.nanmean()), 4) for k, v in scores.items()}
             print(f"{name:15s} {json.dumps(scores | {'nfe': nfe, 'seconds': round(seconds, 3)})}", flush=True)
             rows.append(list(to_uint8(x[:10])))
             titles.append(name)
