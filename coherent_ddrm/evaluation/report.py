@@ -83,7 +83,7 @@ def write_report(
         meanings={name: describe(name) for name in [*names, *on_sets]},
         best=best_values(summary, [*names, *on_sets]),
         masks=list(dict.fromkeys(row["mask"] for row in summary)),
-        plots=draw_plots(tables.pooled(results_of), bins, chosen, titles),
+        plots=draw_plots(folder / "plots", tables.pooled(results_of), bins, chosen, titles),
         sheets=draw_sheets(gallery, results_of, chosen[0] if chosen else "psnr_hole"),
         sorted_by=titles.get(chosen[0]) if chosen else title("psnr_hole"),
         reference=reference,
@@ -114,16 +114,19 @@ def best_values(summary: Sequence[Row], names: Sequence[str]) -> dict[tuple[str,
 
 
 def draw_plots(
-    pooled: Sequence[Row], bins: Sequence[Row], names: Sequence[str], titles: Mapping[str, str]
+    folder: Path, pooled: Sequence[Row], bins: Sequence[Row], names: Sequence[str], titles: Mapping[str, str]
 ) -> list[dict[str, str]]:
-    """Title and data: URI of each."""
+    """Write each as SVG; title and data: URI of each."""
     made = []
+    folder.mkdir(exist_ok=True)
     for name in names:
-        for what, draw, of in (
-            ("against network evaluations", plots.quality_against_cost, pooled),
-            ("against the missing share", plots.quality_against_area, bins),
+        for what, file, draw, of in (
+            ("against network evaluations", "cost", plots.quality_against_cost, pooled),
+            ("against the missing share", "area", plots.quality_against_area, bins),
         ):
-            data = base64.b64encode(draw(of, name, titles[name]).encode()).decode()
+            drawn = draw(of, name, titles[name]).encode()
+            write_atomic(folder / f"{name}-{file}.svg", drawn)
+            data = base64.b64encode(drawn).decode()
             made.append({"title": f"{titles[name]} {what}", "uri": f"data:image/svg+xml;base64,{data}"})
     return made
 
