@@ -26,9 +26,8 @@ def write_checkpoint(final: Path, tensors: dict[str, dict[str, Tensor]], state: 
 
     Raises OSError or SafetensorError (a full disk, a lost mount); what was there before is then untouched.
     """
-    beside, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
-    for leftover in (beside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    beside, old = _beside(final)
+    tidy(final)
     try:
         beside.mkdir(parents=True)
         for name, group in tensors.items():
@@ -45,8 +44,16 @@ def write_checkpoint(final: Path, tensors: dict[str, dict[str, Tensor]], state: 
         os.replace(beside, final)
         _flush(final.parent)
     finally:
-        for leftover in (beside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        tidy(final)
+
+
+def tidy(final: Path) -> None:
+    """Remove what a cut-short save left beside `final`; put the old one back if it had just been moved away."""
+    beside, old = _beside(final)
+    if old.exists() and not final.exists():
+        os.replace(old, final)
+    for leftover in (beside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -65,7 +72,17 @@ def verify_checkpoint(folder: Path) -> None:
 def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """(tensors, state) as they were written. CheckpointError for a folder that `verify_checkpoint` refuses."""
     verify_checkpoint(folder)
+    return load_checkpoint(folder)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    """(tensors, state) of a folder that is known to be whole. On the CPU, mapped: what nobody asks is never read."""
     return {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}, read_json(folder / STATE)
+
+
+def _beside(final: Path) -> tuple[Path, Path]:
+    """Where a checkpoint is written, and where the old one of its name lies meanwhile."""
+    return final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
 
 
 def _flush(path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from coherent_ddrm.config import ConfigError
 from coherent_ddrm.data import DataError, DecodedCache, ShardDataset
+from coherent_ddrm.errors import UserError
 from coherent_ddrm.keeper import NonFinite
 from coherent_ddrm.masks import MAKERS
 from coherent_ddrm.models.dit import SIZES
@@ -48,7 +49,7 @@ def readable_errors() -> Iterator[None]:
     """What a user can mend leaves as one line per fault and exit code 2."""
     try:
         yield
-    except (ConfigError, DataError, NonFinite, RunLocked, OSError) as error:
+    except (ConfigError, DataError, UserError, NonFinite, RunLocked, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -130,6 +130,11 @@ class Learner:
         first = not any(value.is_meta for value in weights.values())
         return net.to(next(self.net.parameters()).device if first else "meta").eval()
 
+    @property
+    def files(self) -> list[str]:
+        """The file names of `tensors`."""
+        return ["net", "ema", *(f"optimizer-{i}" for i in range(len(self.optimizers)))]
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """File name -> named tensors."""
         files = {"net": self.net.state_dict(), "ema": self.ema.weights}

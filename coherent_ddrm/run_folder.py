@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from coherent_ddrm.checkpoints import read_checkpoint, verify_checkpoint, write_checkpoint
+from coherent_ddrm.checkpoints import load_checkpoint, read_checkpoint, tidy, verify_checkpoint, write_checkpoint
 from coherent_ddrm.config import ConfigError, config_hash, dump_config
 from coherent_ddrm.errors import CheckpointError
 from coherent_ddrm.export import read_json, write_atomic
@@ -34,11 +34,11 @@ class RunFolder:
         self.checkpoints = self.folder / "checkpoints"
 
     def create(self) -> None:
-        """Make the folders, and remove what a killed save left behind."""
+        """Make the folders, and clear up what a killed save left behind."""
         self.sheets.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        for stale in self.checkpoints.glob(".*"):
-            shutil.rmtree(stale)
+        for stale in self.checkpoints.glob(".step-*"):
+            tidy(stale.with_name(stale.stem[1:]))
 
     def write_config(self) -> None:
         """The resolved config, as the run goes on with it."""
@@ -66,22 +66,23 @@ class RunFolder:
         """Checkpoints, oldest first."""
         return sorted(path for path in self.checkpoints.glob("step-*") if path.is_dir())
 
-    def newest(self) -> Path | None:
-        """The newest whole checkpoint. A torn or altered one is named on stderr and put aside as damaged-*."""
+    def newest(self, put_aside: bool = True) -> Path | None:
+        """The newest whole checkpoint. Torn or altered ones are named on stderr; put_aside: and renamed damaged-*."""
         for path in reversed(self.saved()):
             try:
                 verify_checkpoint(path)
                 return path
             except CheckpointError as error:
                 print(f"warning: {error}; the checkpoint before it is used", file=sys.stderr)
-                aside = path.with_name(f"damaged-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(path, aside)
+                if put_aside:
+                    aside = path.with_name(f"damaged-{path.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.replace(path, aside)
         return None
 
     def load(self, path: Path) -> tuple[Tensors, dict]:
-        """(tensors, state) of a checkpoint of this run."""
-        tensors, state = read_checkpoint(path)
+        """(tensors, state) of a checkpoint of this run that `newest` has found whole."""
+        tensors, state = load_checkpoint(path)
         self._refuse_other(state["config"], path)
         if state["step"] > self.config.optim.steps:
             raise ConfigError(f"{path} is beyond optim.steps {self.config.optim.steps}; ask for more steps")

@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -23,8 +21,9 @@ from coherent_ddrm.data import DecodedCache, ShardDataset, Tolerant, batches
 from coherent_ddrm.keeper import Keeper, Validation, resume
 from coherent_ddrm.launch import describe
 from coherent_ddrm.learner import Learner
+from coherent_ddrm.ranks import agree, first_does
 from coherent_ddrm.run_folder import RunFolder
-from coherent_ddrm.run_lock import RunLock, RunLocked
+from coherent_ddrm.run_lock import RunLock
 from coherent_ddrm.run_log import Log
 
 TERMINATED = 128 + signal.SIGTERM  # exit code after a signal to stop, as of a process that did not catch it
@@ -48,7 +47,7 @@ class Task:
 
     @property
     def kept_by(self) -> bool:
-        """Whether this process takes part in reports and checkpoints: the first, or all that share a network."""
+        """Whether this process gathers what is kept of the run: the first, or all that share a network."""
         return self.accelerator.is_main_process or self.main.spread
 
     def loss_of(self, part: dict, step: int, places: Sequence[int]) -> Tensor:
@@ -99,7 +98,7 @@ class Task:
         """The inverse of `tensors`; strict."""
         for i, (name, learner) in enumerate(self.learners.items()):
             prefix = f"{name}-" if i else ""
-            learner.load({key: tensors[prefix + key] for key in learner.tensors()})
+            learner.load({key: tensors[prefix + key] for key in learner.files})
 
     def export(self, folder: Path) -> None:
         """The averaged weights, ready for the pipeline."""
@@ -133,15 +132,14 @@ def fit(
         raise ConfigError("optim.shard: only train/diffusion.py spreads its network; the others are small")
     folder = RunFolder(run.out, run)
     with nullcontext() if dry_run else locked(folder, accelerator), StopSignal() as signalled:
-        start, counts = resume(accelerator, folder, task)
+        start, counts = resume(accelerator, folder, task, put_aside=not dry_run)
         if task.kept_by:
             about = describe(task, source, run, start, world, share)
         if main:
             print(about, flush=True)
         if dry_run:
             return
-        if main:
-            folder.write_config()
+        first_does(accelerator, folder.write_config)
         validation = make_validation()
         task.prepare(optim.compile)
         with closing(Log(folder.folder, optim.steps, start, optim.batch, main)) as log:
@@ -178,21 +176,12 @@ def walk(run: object, task: Task, stream: Tolerant, start: int, keeper: Keeper, 
         task.zero_grad()
         if look:
             log.write(accelerator, done, rate=task.main.rate, grad_norm=float(norm), skipped=keeper.skipped)
-        if task.kept_by:
-            keeper.report(done)
+        keeper.report(done)
         if stop and done < optim.steps:
-            if task.kept_by:
-                keeper.save(done, must=True)
-                log.warn(f"asked to stop: saved at step {done}; the same command goes on from here")
+            keeper.save(done, must=True)
+            log.warn(f"asked to stop: saved at step {done}; the same command goes on from here")
             accelerator.wait_for_everyone()
             raise SystemExit(TERMINATED)
-
-
-def agree(accelerator: Accelerator, value: Tensor, stop: bool) -> tuple[bool, bool]:
-    """(value is finite on every rank, some rank was asked to stop); one small message, and one wait for the device."""
-    flags = torch.stack([~value.isfinite(), torch.as_tensor(stop, device=value.device)]).float()
-    bad, stop = accelerator.reduce(flags, "sum").tolist()
-    return bad == 0, stop > 0
 
 
 class StopSignal:
@@ -219,20 +208,17 @@ class StopSignal:
 @contextmanager
 def locked(folder: RunFolder, accelerator: Accelerator) -> Iterator[None]:
     """The run folder, made and held by all processes of this run. RunLocked if another run's live in it."""
-    lock, trouble = RunLock(folder.folder), [""]
-    if accelerator.is_main_process:
+    lock = RunLock(folder.folder)
+
+    def take() -> None:
         folder.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.take_first()
-            folder.create()
-        except RunLocked as error:
-            trouble = [str(error)]
-    broadcast_object_list(trouble)
-    if trouble[0]:
-        raise RunLocked(trouble[0])
-    if not accelerator.is_main_process:
-        lock.take_worker()
+        lock.take_first()
+        folder.create()
+
     try:
+        first_does(accelerator, take)
+        if not accelerator.is_main_process:
+            lock.take_worker()
         yield
     finally:
         lock.release()

@@ -257,6 +257,20 @@ def test_values_are_checked_before_work(tmp_path, shards, capsys, option, value,
     assert left.value.code == 2 and rule in capsys.readouterr().err and not (tmp_path / "bad").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (["--objective.predictor", "/nowhere"], "/nowhere: no such folder"),
+        (["--auxiliary.perceptual", "1", "--auxiliary.network", "/nowhere"], "/nowhere: neither a folder"),
+    ],
+)
+def test_networks_that_are_not_there_are_one_line(tmp_path, shards, capsys, options, rule):
+    with pytest.raises(SystemExit) as left:
+        train("diffusion", tmp_path / "bad", shards, *options)
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and rule in error and error.startswith("error: ") and error.count("\n") == 1
+
+
 def test_fewer_steps_than_done_are_refused(tmp_path):
     learner, run = learner_of()
     saved = RunFolder(tmp_path, run).save(9, learner.tensors(), keep=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from coherent_ddrm.sheets import contact_sheet, plan_preview
 from coherent_ddrm.tasks.auxiliary import Auxiliary
 from coherent_ddrm.training import Task
 from coherent_ddrm.validation import FixedSet
+from coherent_ddrm.weights import load_network
 
 VALIDATION_TIMES = (0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -52,10 +54,12 @@ class Objective(nn.Module):
 
 
 def load_predictor(folder: str | None, device: torch.device) -> StructurePredictor | None:
-    """The frozen predictor of stage one, or None."""
+    """The frozen predictor of stage one, from its folder, or None. ConfigError if there is no such folder."""
     if folder is None:
         return None
-    return StructurePredictor.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    if not Path(folder).is_dir():
+        raise ConfigError(f"objective.predictor {folder}: no such folder; name the export/ of train/structure.py")
+    return load_network(StructurePredictor, Path(folder)).to(device).eval().requires_grad_(False)
 
 
 def sees_predicted(examples: Examples, share: float, none: Tensor) -> Tensor:
