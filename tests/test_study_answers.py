@@ -11,7 +11,7 @@ from study_raters import make_study
 from coherent_ddrm.cli import main
 from coherent_ddrm.errors import UserError
 from coherent_ddrm.study.answer_files import import_files
-from coherent_ddrm.study.answers import Answer, Answers, OutOfTurn, TooManyRaters
+from coherent_ddrm.study.answers import Answer, Answers, OutOfTurn, Replaced, TooManyRaters
 
 RATERS, EACH = 6, 10
 
@@ -27,6 +27,11 @@ def take_part(folder):
     for position in range(EACH):
         assert answers.add(rater, given(position)) == position + 1
     return rater.sheet
+
+
+def half_an_hour_later(folder):
+    with sqlite3.connect(folder / "answers.sqlite") as database:
+        database.execute("UPDATE raters SET came = came - 1801")
 
 
 def check_all(folder, sheets):
@@ -64,9 +69,40 @@ def test_tokens_and_limits(tmp_path):
     answers = Answers(tmp_path)
     token = answers.admit(1)
     assert answers.rater(token).sheet == 0 and answers.rater("0" * 32) is None
-    with pytest.raises(TooManyRaters):
+    answers.add(answers.rater(token), given(0))
+    with pytest.raises(TooManyRaters, match="no more raters"):
         answers.admit(1)
     assert token.encode() not in (tmp_path / "answers.sqlite").read_bytes()
+
+
+def test_sheets_without_an_answer_go_to_others(tmp_path):
+    """Those who leave at once use up neither sheets nor raters, and no answer goes astray."""
+    answers = Answers(tmp_path)
+    stayed, left, slow = (answers.admit(3) for _ in range(3))
+    answers.add(answers.rater(stayed), given(0))
+    assert answers.rater(answers.admit(3)).sheet == 3  # nobody is late yet
+    half_an_hour_later(tmp_path)
+    gone = answers.rater(left)
+    assert gone.sheet == 1  # still theirs while nobody needs it
+    answers.add(answers.rater(slow), given(0))
+    heir = answers.rater(answers.admit(3))
+    assert heir.sheet == 1 and answers.rater(left) is None
+    with pytest.raises(Replaced):
+        answers.add(gone, given(0))
+    assert answers.count(heir) == 0 and answers.add(heir, given(0, "right")) == 1
+    with pytest.raises(TooManyRaters):
+        answers.admit(3)
+    assert answers.rater(answers.admit(4)).sheet == 3 and answers.rater(answers.admit(4)).sheet == 4
+    assert {rater.sheet: len(kept) for rater, kept in answers.all().items()} == {0: 1, 1: 1, 2: 1, 3: 0, 4: 0}
+
+
+def test_a_script_that_only_begins_is_stopped_and_uses_nothing_up(tmp_path):
+    answers = Answers(tmp_path)
+    for _ in range(3):
+        assert [answers.rater(answers.admit(1000, most_open=5)).sheet for _ in range(5)] == list(range(5))
+        with pytest.raises(TooManyRaters, match="some minutes"):
+            answers.admit(1000, most_open=5)
+        half_an_hour_later(tmp_path)
 
 
 @pytest.mark.parametrize("bad", [given(0, "both"), given(0, milliseconds=-1), given(0, milliseconds="slow")])

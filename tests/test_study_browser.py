@@ -1,6 +1,7 @@
 """The pages in a real browser: scripted raters click and type; what they prefer is known and must be recovered."""
 
 import json
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -117,6 +118,28 @@ def test_a_lost_connection_keeps_the_answer(browser, tmp_path, study):
         assert visit.page.inner_text("#count") == "Question 2 of 8" and visit.outside == []
         ((_, kept),) = Answers(tmp_path / "study").all().items()
         assert [one.choice for one in kept] == ["right"]
+
+
+def test_a_rater_who_was_replaced_is_led_to_a_new_start(browser, tmp_path, study):
+    """Away for long before the first answer: the answer is refused, with why, and the page begins anew."""
+    answers = Answers(tmp_path / "study")
+    with serving(tmp_path / "study") as address, new_page(browser) as visit:
+        visit.page.goto(address)
+        visit.page.click("#begin")
+        visit.page.wait_for_selector(READY)
+        with sqlite3.connect(answers.path) as database:
+            database.execute("UPDATE raters SET came = came - 1801")
+        answers.admit(10)
+        visit.page.keyboard.press("2")
+        visit.page.wait_for_selector("#trouble:not([hidden])")
+        assert "went to another" in visit.page.inner_text("#trouble-text")
+        visit.page.click("#again")
+        visit.page.wait_for_selector("#start:not([hidden])")
+        visit.page.click("#begin")
+        answer(visit.page, Judge(study, TRUE, 0), "arrow")
+        visit.page.wait_for_selector(READY)
+        assert visit.page.inner_text("#count") == "Question 2 of 8"
+    assert [(rater.sheet, len(kept)) for rater, kept in answers.all().items()] == [(0, 0), (1, 1)]
 
 
 def test_small_pictures_are_enlarged_and_all_fits_the_window(browser, tmp_path, study):

@@ -1,5 +1,6 @@
 """The server over HTTP: the whole way of a rater, forty at once, and requests that nobody should send."""
 
+import sqlite3
 import sys
 
 import numpy as np
@@ -134,7 +135,24 @@ def test_who_may_answer(client):
     form = client.post("/api/raters", content=b"{}", headers={"content-type": "text/plain"})
     assert form.status_code == 415  # what a form on another site could send
     assert client.get("/api/raters").status_code == 405 and client.delete("/").status_code == 405
-    assert [client.post("/api/raters", json={}).status_code for _ in range(5)] == [201] * 4 + [403]
+    for _ in range(4):
+        assert answer(client, join(client), 0).status_code == 200
+    assert client.post("/api/raters", json={}).status_code == 403
+
+
+def test_who_comes_back_to_a_sheet_that_is_gone_begins_anew(client, tmp_path):
+    who = join(client)
+    with sqlite3.connect(tmp_path / "study" / "answers.sqlite") as database:
+        database.execute("UPDATE raters SET came = came - 1801")
+    other = join(client)
+    for response in (answer(client, who, 0), client.get("/api/sheet", headers=who)):
+        assert response.status_code == 401 and "begin anew" in response.json()["error"]
+    assert client.get("/api/sheet", headers=other).json()["answered"] == 0
+    assert answer(client, join(client), 0).status_code == 200
+
+
+def test_a_script_that_only_begins_is_stopped(client):
+    assert [client.post("/api/raters", json={}).status_code for _ in range(201)] == [201] * 200 + [403]
 
 
 def test_a_title_cannot_end_the_script(tmp_path):

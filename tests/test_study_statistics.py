@@ -10,7 +10,7 @@ from study_raters import Judge, make_study
 from coherent_ddrm.cli import main
 from coherent_ddrm.errors import UserError
 from coherent_ddrm.study import report
-from coherent_ddrm.study.analysis import Ballot, Vote, agreement, analyse
+from coherent_ddrm.study.analysis import Rule, Vote, agreement, analyse
 from coherent_ddrm.study.answers import Answer, Answers
 from coherent_ddrm.study.questions import sheet
 from coherent_ddrm.study.statistics import bradley_terry, guesser_passes, krippendorff, resampled, wilson
@@ -96,8 +96,10 @@ def test_agreement_does_not_depend_on_the_order_of_the_methods():
 
 def test_rule_of_the_catch_trials():
     assert guesser_passes(3, 0) == 1 / 8 and guesser_passes(5, 1) == 6 / 32 and guesser_passes(0, 0) == 1
-    allowed = [Ballot(1, [], [False] * count, [], 0).allowed for count in (0, 1, 3, 5, 8, 12)]
-    assert allowed == [0, 0, 0, 0, 1, 2]
+    assert [Rule(12).allowed(met) for met in (0, 1, 3, 5, 8, 12)] == [0, 0, 0, 0, 1, 2]
+    assert [Rule(5, allow_wrong=2).allowed(met) for met in range(6)] == [0, 0, 0, 1, 1, 2]  # two fifths of those met
+    assert [Rule(5, allow_wrong=0).allowed(met) for met in range(6)] == [0] * 6
+    assert all(Rule(5, allow_wrong=9).allowed(met) >= met for met in range(6))
 
 
 def test_bootstrap_draws_raters():
@@ -110,13 +112,17 @@ def test_bootstrap_draws_raters():
 TRUE = (0.9, 0.3, -0.2, -1.0)
 
 
+def answer_some(folder, study, number, judge, count=None):
+    """A judge answers sheet `number`, or its first `count` questions, straight into the database."""
+    asked = enumerate(sheet(study, number)[:count])
+    given = [Answer(i, q.left, q.right, judge.choose(q.left, q.right), 1500) for i, q in asked]
+    Answers(folder).merge(f"judge {number}", number, given)
+
+
 def answer_all(folder, study, judges):
-    """Every judge answers a whole sheet, straight into the database."""
-    answers = Answers(folder)
+    """Every judge answers a whole sheet."""
     for number, judge in enumerate(judges):
-        asked = enumerate(sheet(study, number))
-        given = [Answer(i, q.left, q.right, judge.choose(q.left, q.right), 1500) for i, q in asked]
-        answers.merge(f"judge {number}", number, given)
+        answer_some(folder, study, number, judge)
 
 
 def test_analysis_recovers_known_scores_and_finds_the_careless(tmp_path, capsys):
@@ -151,13 +157,50 @@ def test_catch_trials_may_be_forgiven(tmp_path):
     assert "Fewer than 10 raters" in report.markdown(results)
 
 
+def before_a_catch_trial(study, number):
+    """How many questions stand before the first catch trial of a sheet."""
+    good = {picture.catch.truth for picture in study.pictures if picture.catch}
+    return next(i for i, q in enumerate(sheet(study, number)) if {q.left, q.right} & good)
+
+
+def test_who_left_before_a_catch_trial_is_left_out(tmp_path, capsys):
+    study, folder = make_study(tmp_path, questions=15, catches=5), tmp_path / "study"
+    answer_all(folder, study, [Judge(study, TRUE, seed) for seed in range(3)])
+    early = next(number for number in range(3, 50) if before_a_catch_trial(study, number) > 1)
+    answer_some(folder, study, early, Judge(study, None, 4), before_a_catch_trial(study, early))  # rater 4
+    last = early + 1
+    answer_some(folder, study, last, Judge(study, TRUE, 5), before_a_catch_trial(study, last) + 1)  # rater 5 met one
+    assert main(["study", "analyse", str(folder)]) == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert [row["kept"] for row in results["raters"]] == [True, True, True, False, True]
+    assert results["raters"][3]["notes"][0] == "left out: left before a catch trial"
+    assert results["answers"]["comparisons"] == 3 * 15 + before_a_catch_trial(study, last)
+    page = (folder / "results.md").read_text()
+    assert "Nobody was excluded. Left out, as they left before a catch trial: 4." in page
+    assert "1 of those who count left before the last catch trial" in page and "up to 50.0 %" in page
+    assert "4 of 5 raters kept" in capsys.readouterr().out
+    assert main(["study", "analyse", str(folder), "--include-untested"]) == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert all(row["kept"] for row in results["raters"]) and results["rule"]["guesser_with_fewer"] == 1
+    assert results["raters"][3]["notes"][0] == "included: left before a catch trial"
+
+
+def test_nobody_met_a_catch_trial(tmp_path):
+    study = make_study(tmp_path, questions=15, catches=1)
+    number = next(number for number in range(50) if before_a_catch_trial(study, number))
+    answer_some(tmp_path / "study", study, number, Judge(study, TRUE, 0), 1)
+    with pytest.raises(UserError, match="--include-untested"):
+        analyse(tmp_path / "study")
+    assert analyse(tmp_path / "study", include_untested=True)["answers"]["comparisons"] == 1
+
+
 def test_a_rater_who_always_presses_one_key_is_noted(tmp_path):
     study = make_study(tmp_path, questions=15, catches=0)
     judge = Judge(study, TRUE, 0)
     judge.choose = lambda left, right: "left"
     answer_all(tmp_path / "study", study, [judge, Judge(study, TRUE, 1)])
     first, second = analyse(tmp_path / "study")["raters"]
-    assert "one side only" in first["notes"] and second["notes"] == ["met no catch trial yet"]
+    assert "one side only" in first["notes"] and second["notes"] == []
 
 
 def test_nothing_to_analyse(tmp_path, capsys):

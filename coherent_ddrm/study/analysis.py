@@ -52,15 +52,38 @@ class Ballot:
     milliseconds: list[int]
     left: int  # answers that chose the left picture
 
-    @property
-    def allowed(self) -> int:
-        """How many failed catch trials are forgiven: as many as leave a guesser at most LUCK, and none at the least."""
-        count = len(self.caught)
-        return max((wrong for wrong in range(count) if guesser_passes(count, wrong) <= LUCK), default=0)
+
+@dataclass(frozen=True)
+class Rule:
+    """Who counts, by the catch trials that they met: those of a rater who left early are fewer than `catches`."""
+
+    catches: int  # on a whole sheet
+    allow_wrong: int | None = None  # forgiven on a whole sheet, and as large a part of those met; None: by LUCK
+    include_untested: bool = False  # those who left before a catch trial
+
+    def allowed(self, met: int) -> int:
+        """How many failed ones of `met` are forgiven: as many as leave a guesser at most LUCK, and none at the least,
+        unless allow_wrong says it."""
+        if self.allow_wrong is not None:
+            return self.allow_wrong * met // max(1, self.catches)
+        return max((wrong for wrong in range(met) if guesser_passes(met, wrong) <= LUCK), default=0)
+
+    def keeps(self, one: Ballot) -> bool:
+        """Whether a rater counts."""
+        if not one.caught:
+            return self.include_untested or not self.catches
+        return sum(one.caught) <= self.allowed(len(one.caught))
+
+    def guesser(self, met: int) -> float:
+        """How likely one who guesses counts, with that many met."""
+        return guesser_passes(met, self.allowed(met))
 
 
-def analyse(folder: Path, allow_wrong: int | None = None) -> dict[str, Any]:
-    """Everything about a study, ready for JSON. UserError when there are no answers to analyse."""
+def analyse(folder: Path, allow_wrong: int | None = None, include_untested: bool = False) -> dict[str, Any]:
+    """Everything about a study, ready for JSON. UserError when there are no answers to analyse.
+
+    allow_wrong: failed catch trials forgiven, of a whole sheet's. include_untested: also who left before a catch trial.
+    """
     study = load(folder)
     if not (folder / FILE).is_file():
         raise UserError(f"{folder}: nobody has answered yet")
@@ -69,10 +92,13 @@ def analyse(folder: Path, allow_wrong: int | None = None) -> dict[str, Any]:
     ]
     if not any(one.votes for one in ballots):
         raise UserError(f"{folder}: nobody has answered yet")
-    kept = [one for one in ballots if sum(one.caught) <= (one.allowed if allow_wrong is None else allow_wrong)]
-    if not any(one.votes for one in kept):
-        raise UserError(f"{folder}: every rater failed the catch trials; look at them with --allow-wrong N")
-    return summarise(study, ballots, kept, allow_wrong)
+    rule = Rule(study.catches, allow_wrong, include_untested)
+    if not any(one.votes for one in ballots if rule.keeps(one)):
+        raise UserError(
+            f"{folder}: every rater failed the catch trials or left before one; look at them with --allow-wrong N "
+            "and --include-untested"
+        )
+    return summarise(study, ballots, rule)
 
 
 def ballot(study: Study, number: int, answers: list[Answer]) -> Ballot:
@@ -95,9 +121,9 @@ def ballot(study: Study, number: int, answers: list[Answer]) -> Ballot:
     return Ballot(number, votes, caught, times, sum(answer.choice == "left" for answer in answers))
 
 
-def summarise(study: Study, ballots: list[Ballot], kept: list[Ballot], allow_wrong: int | None) -> dict[str, Any]:
-    """The results of the raters in `kept`, and the list of all."""
-    methods = len(study.methods)
+def summarise(study: Study, ballots: list[Ballot], rule: Rule) -> dict[str, Any]:
+    """The results of the raters that the rule keeps, and the list of all."""
+    methods, kept = len(study.methods), [one for one in ballots if rule.keeps(one)]
     wins = np.zeros((len(kept), methods, methods))
     for i, one in enumerate(kept):
         for vote in one.votes:
@@ -125,8 +151,8 @@ def summarise(study: Study, ballots: list[Ballot], kept: list[Ballot], allow_wro
         "methods": _methods(study.methods, total, samples, scores),
         "pairs": _pairs(study, total, samples, scores),
         "agreement": agreement(votes),
-        "raters": [_rater(one, one in kept, scores) for one in ballots],
-        "rule": _rule(study, allow_wrong),
+        "raters": [_rater(one, rule, scores) for one in ballots],
+        "rule": _rule(rule, kept),
     }
 
 
@@ -214,13 +240,14 @@ def _alpha(units: list[list[int]]) -> float:
     return krippendorff([*units, *([1 - choice for choice in unit] for unit in units)])
 
 
-def _rater(one: Ballot, kept: bool, scores: np.ndarray) -> dict[str, Any]:
+def _rater(one: Ballot, rule: Rule, scores: np.ndarray) -> dict[str, Any]:
     """A line about a rater, and what about them deserves a look."""
-    answers = len(one.milliseconds)
+    answers, kept = len(one.milliseconds), rule.keeps(one)
     with_scores = sum(bool(scores[vote.winner] > scores[vote.loser]) for vote in one.votes)
     hasty = sum(ms < HASTE for ms in one.milliseconds) / answers
-    notes = [] if kept else ["excluded: failed the catch trials"]
-    notes += ["met no catch trial yet"] if not one.caught else []
+    untested = bool(rule.catches) and not one.caught
+    notes = ["excluded: failed the catch trials"] if not kept and not untested else []
+    notes += [f"{'included' if kept else 'left out'}: left before a catch trial"] if untested else []
     notes += ["one side only"] if answers >= 8 and one.left in (0, answers) else []
     notes += [f"{hasty:.0%} of answers in under {HASTE} ms"] if hasty > 0.2 else []
     return {
@@ -236,8 +263,14 @@ def _rater(one: Ballot, kept: bool, scores: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _rule(study: Study, allow_wrong: int | None) -> dict[str, Any]:
-    """The rule of exclusion for one who answered all, in numbers."""
-    whole = Ballot(0, [], [False] * study.catches, [], 0)
-    allowed = whole.allowed if allow_wrong is None else allow_wrong
-    return {"catch_trials": study.catches, "allowed": allowed, "guesser": guesser_passes(study.catches, allowed)}
+def _rule(rule: Rule, kept: list[Ballot]) -> dict[str, Any]:
+    """The rule of exclusion for one who answered all, and how far it holds for those kept who met fewer."""
+    fewer = [len(one.caught) for one in kept if len(one.caught) < rule.catches]
+    return {
+        "catch_trials": rule.catches,
+        "allowed": rule.allowed(rule.catches),
+        "guesser": rule.guesser(rule.catches),
+        "kept_with_fewer": len(fewer),
+        "guesser_with_fewer": max(map(rule.guesser, fewer), default=None),
+        "include_untested": rule.include_untested,
+    }

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +23,8 @@ from coherent_ddrm.errors import UserError
 
 FILE = "answers.sqlite"
 DAY = 24 * 3600 * 1000  # the longest response time that is believed, in milliseconds
+WAIT = 30 * 60  # seconds that a sheet waits for its first answer, before the next rater may have it
+MOST_OPEN = 200  # sheets that wait so at once
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS raters (
     id INTEGER PRIMARY KEY,
@@ -42,6 +44,7 @@ CREATE TABLE IF NOT EXISTS answers (
     PRIMARY KEY (rater, position)
 ) STRICT, WITHOUT ROWID;
 """
+EMPTY = "NOT EXISTS (SELECT 1 FROM answers WHERE answers.rater = raters.id)"
 
 
 class OutOfTurn(Exception):
@@ -49,15 +52,20 @@ class OutOfTurn(Exception):
 
 
 class TooManyRaters(Exception):
-    """No new raters are taken in."""
+    """No new raters are taken in; the text says why."""
+
+
+class Replaced(Exception):
+    """The rater gave no answer for long, and their sheet has gone to another."""
 
 
 @dataclass(frozen=True)
 class Rater:
-    """One who answers; `sheet` numbers their list of questions."""
+    """One who answers; `sheet` numbers their list of questions, `token` is the digest of theirs."""
 
     id: int
     sheet: int
+    token: str = field(repr=False)
 
 
 class Choice(BaseModel):
@@ -100,20 +108,35 @@ class Answers:
         except sqlite3.Error as error:
             raise UserError(f"{self.path} cannot be used ({error}); it must be writable and on a local disk") from error
 
-    def admit(self, most: int) -> str:
-        """A new rater on the next sheet; returns the token that proves who they are. TooManyRaters above `most`."""
-        token = secrets.token_hex(16)
+    def admit(self, most: int, most_open: int = MOST_OPEN) -> str:
+        """A new rater; returns the token that proves who they are.
+
+        They take the place of the first rater who gave no answer for WAIT seconds, sheet and all, whose token is worth
+        nothing from then on; else they have the next sheet. So those who leave at once use up no sheets.
+        TooManyRaters when `most` have answered, or `most_open` have not yet and still may.
+        """
+        token, now = secrets.token_hex(16), time.time()
         with self._writing() as database:
-            (count,) = database.execute("SELECT COUNT(*) FROM raters WHERE source = 'server'").fetchone()
-            if count >= most:
-                raise TooManyRaters
-            self._insert_rater(database, token, "server", sheet=count)
+            count, empty = database.execute(
+                f"SELECT COUNT(*), COUNT(*) FILTER (WHERE {EMPTY}) FROM raters WHERE source = 'server'"
+            ).fetchone()
+            late = database.execute(
+                f"SELECT id FROM raters WHERE source = 'server' AND came < ? AND {EMPTY} ORDER BY sheet", (now - WAIT,)
+            ).fetchall()
+            if count - empty >= most:
+                raise TooManyRaters("the study takes no more raters")
+            if empty - len(late) >= most_open:
+                raise TooManyRaters("too many have just begun; please try again in some minutes")
+            if late:
+                database.execute("UPDATE raters SET token = ?, came = ? WHERE id = ?", (_digest(token), now, *late[0]))
+            else:
+                self._insert_rater(database, token, "server", sheet=count)
         return token
 
     def rater(self, token: str) -> Rater | None:
         """Who holds this token, or None."""
         with self._connected() as database:
-            row = database.execute("SELECT id, sheet FROM raters WHERE token = ?", (_digest(token),)).fetchone()
+            row = database.execute("SELECT id, sheet, token FROM raters WHERE token = ?", (_digest(token),)).fetchone()
         return None if row is None else Rater(*row)
 
     def count(self, rater: Rater) -> int:
@@ -122,8 +145,13 @@ class Answers:
             return _count(database, rater.id)
 
     def add(self, rater: Rater, answer: Answer) -> int:
-        """Keep the answer to the rater's next question; returns how many there are. OutOfTurn for any other."""
+        """Keep the answer to the rater's next question; returns how many there are.
+
+        OutOfTurn for any other question; Replaced when their sheet has gone to another since `rater` found them.
+        """
         with self._writing() as database:
+            if database.execute("SELECT token FROM raters WHERE id = ?", (rater.id,)).fetchone() != (rater.token,):
+                raise Replaced
             if answer.position != _count(database, rater.id):
                 raise OutOfTurn
             _insert_answer(database, rater.id, answer)
@@ -149,7 +177,7 @@ class Answers:
         """Every rater with their answers, by position; one consistent state."""
         with self._connected() as database:
             database.execute("BEGIN")
-            raters = [Rater(*row) for row in database.execute("SELECT id, sheet FROM raters ORDER BY id")]
+            raters = [Rater(*row) for row in database.execute("SELECT id, sheet, token FROM raters ORDER BY id")]
             return {rater: _answers(database, rater.id) for rater in raters}
 
     @contextmanager

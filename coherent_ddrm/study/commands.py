@@ -36,7 +36,11 @@ def add_study(verbs: Any, positive: Number, natural: Number) -> None:
         "--allow-wrong",
         type=natural,
         metavar="N",
-        help="failed catch trials forgiven (default: as many as let a guesser pass in 5 %% or less; none at the least)",
+        help="failed catch trials forgiven on a whole sheet, and as large a part of fewer (default: as many as let a "
+        "guesser pass in 5 %% or less; none at the least)",
+    )
+    verb.add_argument(
+        "--include-untested", action="store_true", help="count those, too, who left before they met a catch trial"
     )
     verb.set_defaults(run=analyse)
 
@@ -62,7 +66,7 @@ def _add_serve(steps: Any, positive: Number, natural: Number) -> None:
     verb.add_argument("study", metavar="STUDY", help="folder that `create` made")
     verb.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from other machines (default 127.0.0.1)")
     verb.add_argument("--port", type=natural, default=8000, metavar="N", help="default 8000")
-    verb.add_argument("--max-raters", type=positive, default=1000, metavar="N", help="default 1000")
+    verb.add_argument("--max-raters", type=positive, default=1000, metavar="N", help="with an answer (default 1000)")
     verb.set_defaults(run=serve)
 
 
@@ -127,7 +131,7 @@ def analyse(args: argparse.Namespace) -> int:
     from coherent_ddrm.study import report
     from coherent_ddrm.study.analysis import analyse as work
 
-    results = work(Path(args.study), args.allow_wrong)
+    results = work(Path(args.study), args.allow_wrong, args.include_untested)
     files = report.write(results, Path(args.output or args.study))
     print(report.methods_table(results))
     kept = results["answers"]["raters_kept"]

@@ -119,10 +119,17 @@ def _agreement(found: dict[str, Any]) -> str:
 
 
 def _rule(results: dict[str, Any]) -> str:
-    rule, excluded = results["rule"], [row["rater"] for row in results["raters"] if not row["kept"]]
+    rule, out = results["rule"], [row for row in results["raters"] if not row["kept"]]
     if not rule["catch_trials"]:
         return "There were no catch trials, so nobody was excluded."
-    names = f"Excluded: {', '.join(map(str, excluded))}." if excluded else "Nobody was excluded."
+    failed, untested = ([str(row["rater"]) for row in out if bool(row["catch_trials"]) == met] for met in (True, False))
+    names = f"Excluded: {', '.join(failed)}." if failed else "Nobody was excluded."
+    names += f" Left out, as they left before a catch trial: {', '.join(untested)}." if untested else ""
+    if rule["kept_with_fewer"]:
+        names += (
+            f" {rule['kept_with_fewer']} of those who count left before the last catch trial; of them one who guesses "
+            f"passes with probability up to {_percent(rule['guesser_with_fewer'])}."
+        )
     allowed = f"at most {rule['allowed']}" if rule["allowed"] else "none"
     return (
         f"Catch trials show the truth against a hole of noise. Of {rule['catch_trials']}, {allowed} "

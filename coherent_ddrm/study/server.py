@@ -4,9 +4,9 @@
     GET  api/sheet    Bearer token        -> {"questions": [...], "answered": n}
     POST api/answers  Bearer token        -> {"answered": n}, 409 if it is not the turn of that question
 
-A rater is who holds the token. The page keeps it in the link (after #, so it reaches no log) and in the browser's
-storage; there are no cookies, so no other site can answer in a rater's name. No path is ever made of what a request
-says: ids are looked up in the study.
+A rater is who holds the token; 401 where nobody does, or their sheet went to another for want of an answer. The page
+keeps the token in the link (after #, so it reaches no log) and in the browser's storage; there are no cookies, so no
+other site can answer in a rater's name. No path is ever made of what a request says: ids are looked up in the study.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from coherent_ddrm.study.answers import Answer, Answers, Choice, OutOfTurn, Rater, TooManyRaters
+from coherent_ddrm.study.answers import Answer, Answers, Choice, OutOfTurn, Rater, Replaced, TooManyRaters
 from coherent_ddrm.study.page import ASSETS, POLICY, asset, render
 from coherent_ddrm.study.questions import PICTURES, Study, load, sheet
 
 LONGEST = 1000  # bytes of a request's body
 TOKEN = re.compile(r"Bearer ([0-9a-f]{32})")
+NOBODY = "you are not known here, or did not answer for so long that your questions went to another; begin anew"
 HEADERS = {
     "content-security-policy": f"{POLICY}; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -99,8 +100,8 @@ class Service:
         await _body(request)  # only JSON is taken, which a page of another site cannot send
         try:
             return JSONResponse({"rater": await run_in_threadpool(self.answers.admit, self.most)}, 201)
-        except TooManyRaters:
-            raise HTTPException(403, "the study takes no more raters") from None
+        except TooManyRaters as error:
+            raise HTTPException(403, str(error)) from None
 
     def sheet(self, request: Request) -> Response:
         rater = self._rater(request)
@@ -126,12 +127,14 @@ class Service:
             return JSONResponse({"answered": self.answers.add(rater, answer)})
         except OutOfTurn:
             raise HTTPException(409, "another question is next") from None
+        except Replaced:
+            raise HTTPException(401, NOBODY) from None
 
     def _rater(self, request: Request) -> Rater:
         token = TOKEN.fullmatch(request.headers.get("authorization", ""))
         rater = token and self.answers.rater(token[1])
         if rater is None:
-            raise HTTPException(401, "no such rater")
+            raise HTTPException(401, NOBODY)
         return rater
 
 

@@ -25,7 +25,7 @@ from study_raters import Judge, serving_process
 from coherent_ddrm.cli import main as coherent_ddrm
 from coherent_ddrm.images import fit, read_image, write_image
 from coherent_ddrm.masks import make_hole
-from coherent_ddrm.study.analysis import analyse, ballot, summarise
+from coherent_ddrm.study.analysis import Rule, analyse, ballot, summarise
 from coherent_ddrm.study.answers import Answer
 from coherent_ddrm.study.questions import Study, load, sheet
 from coherent_ddrm.study.report import methods_table, pairs_table, raters_table
@@ -110,13 +110,13 @@ def calibration(study: Study, studies: int) -> None:
             ballots.append(
                 ballot(study, i, [Answer(k, q.left, q.right, judge.choose(q.left, q.right), 1500) for k, q in asked])
             )
-        kept = [one for one in ballots if sum(one.caught) <= one.allowed]
-        rows = {row["method"]: row for row in summarise(study, ballots, kept, None)["methods"]}
+        results = summarise(study, ballots, Rule(study.catches))
+        rows = {row["method"]: row for row in results["methods"]}
         for name, score in zip(study.methods, true, strict=True):
             low, high = rows[name]["score_interval"]
             inside.append(low <= score <= high)
             errors.append(rows[name]["score"] - score)
-        caught.append(len(ballots) - len(kept))
+        caught.append(len(ballots) - results["answers"]["raters_kept"])
     print(
         f"\n{studies} such studies: true score inside the 95 % interval in {np.mean(inside):.1%}, mean error "
         f"{np.mean(np.abs(errors)):.3f}, excluded of the {len(CARELESS)} who toss a coin {np.mean(caught):.2f}"

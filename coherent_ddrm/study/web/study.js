@@ -201,7 +201,7 @@
       const [answered] = await Promise.all([backend.save(answer), new Promise((done) => setTimeout(done, PAUSE))]);
       await ask(answered);
     } catch (error) {
-      trouble(error, () => keep(answer));
+      trouble(error, error.status === 401 ? start : () => keep(answer)); // 401: the sheet went to another rater
     }
   }
 
