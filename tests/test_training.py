@@ -57,7 +57,7 @@ def test_resumed_equals_never_stopped(tmp_path, optimizer):
     folder = RunFolder(tmp_path, run)
     tensors, state = folder.load(folder.newest())
     second.load(tensors)
-    assert state["step"] == 3
+    assert state["step"] == 3 and second.files == list(first.tensors())
     for step in range(3, 6):
         learn(second, step)
     for mine, theirs in zip(straight.tensors().values(), second.tensors().values(), strict=True):
