@@ -215,7 +215,7 @@ def _add_evaluate(verbs: Any) -> None:
         "--scores",
         metavar="A,B,...",
         help="beside those that are always there: lpips_alex, lpips_vgg, fid, kid, p_ids, u_ids, pd-NAME, fid-NAME, "
-        "fid_infinity-NAME, kid-NAME; slow ones: foreground_iou, reinpaint_known, reinpaint_invented "
+        "fid_infinity-NAME, kid-NAME; slow ones: foreground_iou, segmentation_iou, reinpaint_known, reinpaint_invented "
         "(default: all but the slow ones; NAME clothing)",
     )
     verb.add_argument(

@@ -294,11 +294,12 @@ def test_pictures_of_another_program(root, tmp_path, capsys, monkeypatch):
 
 def test_slow_scores_and_candidates(root):
     """Telea again from its own fill; two candidates of noise-free Telea are alike, of coherent they are not."""
-    slow = "foreground_iou,reinpaint_known,reinpaint_invented"
+    slow = "foreground_iou,segmentation_iou,reinpaint_known,reinpaint_invented"
     more = ["--scores", slow, "--reinpaint", "telea", "--candidates", "2", "--count", "2", "--masks", "center-box"]
     assert main([*words(root, "slow", methods="coherent,telea"), *more]) == 0
     rows = scores(root / "slow")
     assert len(rows) == 2 * 2 * 2 and all(row["reinpaint_known"] and row["reinpaint_invented"] for row in rows)
+    assert all(0 <= float(row["segmentation_iou"]) <= 1 for row in rows)
     spread = {m: [float(r["diversity"]) for r in rows if r["method"] == m] for m in ("coherent", "telea")}
     assert max(spread["telea"]) == 0 < min(spread["coherent"])
     again = {m: np.mean([float(r["reinpaint_invented"]) for r in rows if r["method"] == m]) for m in spread}

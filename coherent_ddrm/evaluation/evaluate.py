@@ -38,6 +38,8 @@ def evaluate(wanted: Evaluation) -> Path | None:
     labels = [method.label for method in methods] + list(wanted.results)
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise UserError(f"two methods are called {twice[0]!r}; results are told apart by name")
+    if "segmentation_iou" in wanted.scores and makers.pipeline.structure is None:
+        raise UserError(f"--scores segmentation_iou: {wanted.checkpoint} has no stage one that would see labels")
     again = makers.make(wanted.reinpaint) if any("reinpaint" in name for name in wanted.scores) else None
 
     if rank == 0:
@@ -55,21 +57,22 @@ def evaluate(wanted: Evaluation) -> Path | None:
     for method in methods:
         carry_out(gallery, method, wanted.batch, rank, world, quiet=rank > 0)
     _wait(state)
-    return None if rank else score(wanted, gallery, labels, makers.identity, device, again, world)
+    return None if rank else score(wanted, gallery, labels, makers, again, world)
 
 
 def score(
     wanted: Evaluation,
     gallery: Gallery,
     labels: list[str],
-    checkpoint: str,
-    device: torch.device,
+    makers: Makers,
     again: Method | None,
     world: int,
 ) -> Path:
     """Score all results and write the report."""
+    device = makers.device
     networks, notes = available(wanted.scores, wanted.weights, device, wanted.download)
-    scorer = Scorer(gallery, networks, wanted.scores, device, again)
+    planner = makers.pipeline.structure if "segmentation_iou" in wanted.scores else None
+    scorer = Scorer(gallery, networks, wanted.scores, device, again, planner)
     rows, sets, said = [], {}, [*wanted.notes, *notes]
     for kind in gallery.kinds:
         rows += scorer.truths(kind)
@@ -82,7 +85,7 @@ def score(
     if again is not None:
         partial = ", which is scored here itself" if again.label in labels else ""
         said.append(f"reinpaint_*: {again.label} inpainted again{partial}; its own fills are the easier for it")
-    facts = {"command": wanted.command, "checkpoint": checkpoint, "device": str(device)}
+    facts = {"command": wanted.command, "checkpoint": makers.identity, "device": str(device)}
     facts |= {"precision": wanted.precision, "processes": world, "networks of the scores": scorer.identities or "none"}
     names = [TRUTH, *labels]
     rows.sort(key=lambda row: names.index(row["method"]))

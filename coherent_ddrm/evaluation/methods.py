@@ -22,6 +22,9 @@ from coherent_ddrm.restore_jobs import parse_options
 if TYPE_CHECKING:
     import torch
 
+    from coherent_ddrm.pipeline import CoherentInpaintPipeline
+    from coherent_ddrm.restoration import RestorationPipeline
+
 
 @dataclass(frozen=True)
 class Filled:
@@ -77,7 +80,6 @@ class Makers:
         self.checkpoint, self.device, self.steps, self.shift = checkpoint, device, steps, shift
         self.dtype = "float32" if dtype is None else str(dtype).removeprefix("torch.")
         self.networks = {} if dtype is None else {"dtype": dtype}
-        self._loaded: dict[str, Any] = {}
 
     def make(self, text: str) -> Method:
         """The method that `text` describes. UserError for a name or an option that there is not."""
@@ -106,16 +108,26 @@ class Makers:
         ours = (folder / INDEX).is_file() and (folder / MANIFEST).is_file()
         return f"{folder.name}, sha256 {verify_manifest(folder)}" if ours else str(self.checkpoint)
 
-    def _planned(self, grid: dict[str, Any], options: dict[str, Any]) -> Fill:
-        """The two-stage pipeline."""
+    @cached_property
+    def pipeline(self) -> CoherentInpaintPipeline:
+        """The two-stage pipeline. CheckpointError if the checkpoint is another prior."""
         from coherent_ddrm.pipeline import CoherentInpaintPipeline
 
+        pipe = CoherentInpaintPipeline.from_pretrained(self.checkpoint, **self.networks).to(self.device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @cached_property
+    def restoration(self) -> RestorationPipeline:
+        """The checkpoint, or another prior, that is told nothing."""
+        from coherent_ddrm.restoration import RestorationPipeline
+
+        return RestorationPipeline.from_prior(self.checkpoint, self.device, **self.networks)
+
+    def _planned(self, grid: dict[str, Any], options: dict[str, Any]) -> Fill:
+        """The two-stage pipeline as a method."""
         _check("coherent", options)
-        if "pipeline" not in self._loaded:
-            pipe = CoherentInpaintPipeline.from_pretrained(self.checkpoint, **self.networks).to(self.device)
-            pipe.set_progress_bar_config(disable=True)
-            self._loaded["pipeline"] = pipe
-        pipe = self._loaded["pipeline"]
+        pipe = self.pipeline
 
         def fill(pictures: np.ndarray, holes: np.ndarray, seeds: list[int]) -> tuple[np.ndarray, int]:
             done = pipe(list(pictures), list(holes), generator=seeds, **grid, **options)
@@ -125,16 +137,14 @@ class Makers:
 
     def _restored(self, name: str, grid: dict[str, Any], options: dict[str, Any]) -> Fill:
         """A sampler on the checkpoint, or another prior, that is told nothing unless the method tells it."""
-        from coherent_ddrm.restoration import RestorationPipeline, check_options
+        from coherent_ddrm.restoration import check_options
         from coherent_ddrm.samplers import RESTORERS
 
         if name not in RESTORERS:
             names = ", ".join([*RESTORERS, *BASELINES])
             raise UserError(f"unknown method {name!r}: choose of {names}; NAME:OPTION=VALUE sets an option")
-        if "restoration" not in self._loaded:
-            self._loaded["restoration"] = RestorationPipeline.from_prior(self.checkpoint, self.device, **self.networks)
-        pipe = self._loaded["restoration"]
         check_options(name, options)
+        pipe = self.restoration
 
         def fill(pictures: np.ndarray, holes: np.ndarray, seeds: list[int]) -> tuple[np.ndarray, int]:
             masks = list(np.uint8(255) * holes)

@@ -35,11 +35,13 @@ from coherent_ddrm.metrics import (
     reinpaint_known,
     score_pairs,
     score_sets,
+    segmentation_iou,
 )
+from coherent_ddrm.models.structure import StructurePredictor, decode_structure, predict_plan
 from coherent_ddrm.operators import Inpainting
 
 BATCH = 32
-SLOW = ("foreground_iou", "reinpaint_known", "reinpaint_invented")
+SLOW = ("foreground_iou", "segmentation_iou", "reinpaint_known", "reinpaint_invented")
 BY_ITSELF = ("surround_agreement", "mirror_agreement")  # need no truth, so the truth has a value of its own
 TRUTH = "the truth"  # the row with these values
 FACTS = ("method", "mask", "key", "candidate", "hole_hash", "hole_share", "area", "nfe", "seconds", "memory")
@@ -52,6 +54,7 @@ class Scorer:
         networks: those that are to be had, by name, as metrics.available gives them.
         wanted: names of scores; those on pairs that need no network are always there, those of SLOW if they are named.
         again: the method that inpaints again, for reinpaint_known and reinpaint_invented.
+        planner: stage one, which labels whole pictures, results and truths alike, for segmentation_iou.
     """
 
     def __init__(
@@ -61,8 +64,10 @@ class Scorer:
         wanted: Sequence[str],
         device: torch.device,
         again: Method | None = None,
+        planner: StructurePredictor | None = None,
     ):
-        self.gallery, self.networks, self.wanted, self.device, self.again = gallery, networks, wanted, device, again
+        self.gallery, self.networks, self.wanted, self.device = gallery, networks, wanted, device
+        self.again, self.planner = again, planner
         self.identities = {name: getattr(net, "identity", "") for name, net in sorted(networks.items())}
         self.hashes = gallery.verify()
 
@@ -141,10 +146,18 @@ class Scorer:
         scores = {}
         if "foreground_iou" in self.wanted:
             scores["foreground_iou"] = foreground_iou(result, truth, hole)
+        if "segmentation_iou" in self.wanted:
+            labels = [self._labels(pictures) for pictures in (result, truth)]
+            scores["segmentation_iou"] = segmentation_iou(*labels, self.planner.config.num_labels, hole)
         for name, measure in (("reinpaint_known", reinpaint_known), ("reinpaint_invented", reinpaint_invented)):
             if name in self.wanted:
                 scores[name] = measure(result, hole, self._inpaint)
         return scores
+
+    def _labels(self, pictures: Tensor) -> Tensor:
+        """What stage one sees in pictures of which nothing is hidden, (B, H, W) ids."""
+        x = pictures.float() / 127.5 - 1
+        return decode_structure(predict_plan(self.planner, x, torch.zeros_like(x[:, :1])))[1]
 
     def _inpaint(self, pictures: Tensor, hidden: Tensor) -> Tensor:
         """Pictures without anything hidden come back as they are."""
