@@ -29,7 +29,7 @@ Row = Mapping[str, Any]
 ARROW = {"higher": "↑", "lower": "↓", "one": "→ 1", "truth": "→ truth", "none": ""}
 HEADLINES = ("lpips_alex_hole", "pd-clothing_hole", "psnr_hole", "ssim_hole")  # plotted and tested
 PACKAGES = ("torch", "torchmetrics", "lpips", "torch-fidelity", "diffusers", "scikit-image", "opencv-python-headless")
-CELL, EACH = 96, 4  # side of a picture on a sheet; how many best, median and worst ones
+CELL, EACH = 128, 4  # largest side of a picture on a sheet; how many best, median and worst ones
 
 
 def write_report(
@@ -175,8 +175,8 @@ def _triple(gallery: Gallery, row: Row) -> list[np.ndarray]:
 
 
 def _png(lines: Sequence[Sequence[np.ndarray]], titles: Sequence[str], labels: Sequence[str]) -> str:
-    stream = io.BytesIO()
-    Image.fromarray(contact_sheet(lines, titles, CELL, labels)).save(stream, format="PNG", optimize=True)
+    stream, cell = io.BytesIO(), min(CELL, lines[0][0].shape[0])
+    Image.fromarray(contact_sheet(lines, titles, cell, labels)).save(stream, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 

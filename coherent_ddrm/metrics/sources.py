@@ -100,7 +100,7 @@ def _published(url: str, folder: Path | None, download: bool) -> tuple[dict[str,
             return _read(cache / name)
         except UNREADABLE as error:
             reason = f"and it could not be fetched ({one_line(error)})"
-    where = folder or cache
+    where = folder or str(cache).replace(str(Path.home()), "~", 1)  # a report may be passed on
     raise CheckpointError(f"no weights: put {name} from {url} into {where} (it is not there, {reason})")
 
 
