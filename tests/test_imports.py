@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,14 @@ def test_samplers_import_only_the_mathematics():
 def test_networks_know_no_data_and_no_command_line():
     for path in files("models"):
         assert not imported(path) & {"data", "training", "config", "pipeline", "cli", "images"}, path
+
+
+def test_files_that_are_no_code_are_installed_too():
+    """A wheel holds what pyproject.toml names, not what lies in the folder."""
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    installed = {f for name, globs in named.items() for g in globs for f in (ROOT / name.replace(".", "/")).glob(g)}
+    others = {f for f in PACKAGE.rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")}
+    assert others and others <= installed
 
 
 def test_nothing_imports_train():

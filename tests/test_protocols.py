@@ -10,7 +10,6 @@ import pytest
 from coherent_ddrm import images
 from coherent_ddrm.errors import UserError
 from coherent_ddrm.evaluation.protocols import (
-    HIGHER_IS_BETTER,
     METRICS,
     PROTOCOLS,
     REPORTED,
@@ -21,6 +20,7 @@ from coherent_ddrm.evaluation.protocols import (
 )
 from coherent_ddrm.evaluation.protocols_markdown import markdown
 from coherent_ddrm.masks import EVALUATION_SETS, MAKERS
+from coherent_ddrm.metrics import describe as describe_score
 
 EVERY = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 
@@ -55,7 +55,7 @@ def test_published_rows_belong_to_their_protocol(protocol):
 
 def test_rules_are_those_of_images():
     assert get_args(Resize) == get_args(images.Policy)
-    assert set(HIGHER_IS_BETTER) <= set(REPORTED)
+    assert all(describe_score(name).meaning for name in METRICS)  # a ValueError for a name that is no score's
     assert set(find_protocol("repaint-6masks").masks) == set(EVALUATION_SETS["repaint-6"])
 
 

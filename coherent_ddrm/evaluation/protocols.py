@@ -28,7 +28,6 @@ picture with white beside it. Shrinking is antialiased Lanczos, growing bicubic;
 METRICS = ("fid", "kid", "p_ids", "u_ids", "lpips_alex", "lpips_vgg", "psnr", "ssim", "l1")
 METRICS += tuple(f"{name}_hole" for name in ("lpips_alex", "lpips_vgg", "psnr", "ssim", "l1"))
 REPORTED = (*METRICS, "votes")  # what papers report: raters' votes too, which no program scores
-HIGHER_IS_BETTER = ("p_ids", "u_ids", "psnr", "ssim", "psnr_hole", "ssim_hole", "votes")
 
 
 @dataclass(frozen=True)
