@@ -4,10 +4,16 @@ Edges are Canny's (1986) at several scales, on each colour channel, weighted by 
 against a wall is strong, a fold weak, and two colours of one brightness still meet in an edge.
 """
 
+from __future__ import annotations
+
 import os
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORE = 255  # segmentation id of a pixel without a label
 SIGMAS = (1.0, 2.0)  # pixels at twice the map's resolution
@@ -18,12 +24,9 @@ FULL_STEP = 1.6  # a magnitude from here on counts as full strength
 def edges(images: np.ndarray) -> np.ndarray:
     """Soft edges of pictures given at twice the wanted resolution.
 
-    images: (B, 2H, 2W, 3) uint8. Returns (B, H, W) uint8, 0 = none, 255 = strong at every scale. Canny runs at double
-    resolution because its one-pixel lines, reduced, stay thin and lose their staircase.
+    images: (B, 2H, 2W, 3) uint8. Returns (B, H, W) uint8, 0 = none, 255 = strong at every scale.
     """
     import torch  # late: the shard tools print their help without it
-    from kornia.filters import canny
-    from torch.nn.functional import avg_pool2d
 
     if (
         images.ndim != 4
@@ -33,19 +36,30 @@ def edges(images: np.ndarray) -> np.ndarray:
         or images.shape[2] % 2
     ):
         raise ValueError(f"edges() takes uint8 (B, 2H, 2W, 3) pictures, got {images.dtype} {images.shape}.")
-    batch, height, width, _ = images.shape
-    planes = images.transpose(0, 3, 1, 2).reshape(-1, 1, height, width).astype(np.float32) / 255
-    channels = torch.from_numpy(planes)  # (3B, 1, 2H, 2W)
+    planes = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return soft_edges(planes)[:, 0].mul(255).round().byte().numpy()
+
+
+def soft_edges(images: Tensor) -> Tensor:
+    """The same of uint8 (B, 3, 2H, 2W) on any device, (B, 1, H, W) in [0, 1], not rounded.
+
+    Canny runs at double resolution because its one-pixel lines, reduced, stay thin and lose their staircase.
+    """
+    import torch
+    from kornia.filters import canny
+    from torch.nn.functional import avg_pool2d
+
+    batch, _, height, width = images.shape
+    channels = images.reshape(-1, 1, height, width).float() / 255  # (3B, 1, 2H, 2W)
     strength = torch.zeros_like(channels)
     for sigma in SIGMAS:
         side = 2 * round(3 * sigma) + 1
         magnitude, levels = canny(channels, LOW / sigma, HIGH / sigma, (side, side), (sigma, sigma), hysteresis=False)
-        lines = torch.from_numpy(np.stack([connected(level) for level in levels[:, 0].numpy()]))[:, None]
+        lines = torch.from_numpy(np.stack([connected(level) for level in levels[:, 0].cpu().numpy()]))[:, None]
         # A wider blur flattens the same step about in proportion: sigma makes scales comparable.
-        strength += lines * (magnitude * sigma / FULL_STEP).clamp(max=1)
+        strength += lines.to(images.device) * (magnitude * sigma / FULL_STEP).clamp(max=1)
     strength = strength.reshape(batch, 3, height, width).amax(1, keepdim=True) / len(SIGMAS)  # (B,1,2H,2W)
-    reduced = (2 * avg_pool2d(strength, 2)).clamp(max=1)  # a line crossing a 2x2 block covers half of it
-    return reduced[:, 0].mul(255).round().byte().numpy()
+    return (2 * avg_pool2d(strength, 2)).clamp(max=1)  # a line crossing a 2x2 block covers half of it
 
 
 def connected(levels: np.ndarray) -> np.ndarray:

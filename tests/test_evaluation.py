@@ -7,18 +7,22 @@ import shutil
 import cv2
 import numpy as np
 import pytest
+import torch
 from browser import needs_browser, open_page
 from PIL import Image
 from tiny import RESOLUTION, make_picture, make_pipeline
 
 from coherent_ddrm.cli import main
 from coherent_ddrm.errors import UserError
+from coherent_ddrm.evaluation import scores as scoring
 from coherent_ddrm.evaluation.asked import parse_results
 from coherent_ddrm.evaluation.gallery import Gallery
 from coherent_ddrm.evaluation.methods import Filled, Makers, Method
+from coherent_ddrm.evaluation.scores import Scorer
 from coherent_ddrm.evaluation.setting import Setting
 from coherent_ddrm.evaluation.work import carry_out, records
 from coherent_ddrm.images import read_image
+from coherent_ddrm.metrics import available
 
 COUNT = 6
 METHODS = "coherent,ddnm:steps=2,telea"
@@ -208,6 +212,29 @@ def test_processes_share_the_work_and_change_nothing(root, tmp_path):
     for key in one.keys:
         results = [[read_image(g.result("noise", "half", key, k)) for k in range(2)] for g in (one, two)]
         assert np.array_equal(*results) and (results[0][0] != results[0][1]).any()
+
+
+def test_processes_share_the_scoring_and_change_nothing(root, tmp_path, monkeypatch):
+    """Two processes, played one after the other: the second one's part waits until the first one gathers."""
+    gallery = made(tmp_path / "shared", setting(root, count=5, candidates=2))
+    carry_out(gallery, noisy([]), 6, quiet=True)
+    networks, _ = available(["pd-clothing", "kid-clothing"], download=False)
+    scorer = Scorer(gallery, networks, ["pd-clothing", "kid-clothing"], torch.device("cpu"))
+    sent = []
+    monkeypatch.setattr(scoring, "gather_object", lambda mine: sent.extend(mine) or sent[::-1])
+    assert scorer.score("half", ["noise"], 1, 2) == {} and len(sent[0]["noise"].rows) == 2
+    shared = scorer.score("half", ["noise"], 0, 2)
+    (gallery.folder / "results" / "noise" / "half" / "scores.json").unlink()
+    alone = scorer.score("half", ["noise"])
+    assert [row["key"] for row in alone["noise"].rows] == [key for key in gallery.keys for _ in range(2)]
+    assert [row["candidate"] for row in alone["noise"].rows] == [0, 1] * 5
+    for label in alone:
+        for one, two in zip(alone[label].rows, shared[label].rows, strict=True):
+            numbers = [{k: v for k, v in row.items() if isinstance(v, float)} for row in (one, two)]
+            assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-5) and numbers[0]
+            assert {k: v for k, v in one.items() if k not in numbers[0]}.items() <= two.items()
+    assert alone["noise"].sets == pytest.approx(shared["noise"].sets, rel=1e-3, abs=1e-6) != {}
+    assert scorer.score("half", ["noise"])["noise"] == alone["noise"]  # read back
 
 
 # -- the whole way -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from coherent_ddrm.metrics import (
     METRICS,
     diversity,
     edge_f1,
+    edge_maps,
     foreground_iou,
     foregrounds,
     mirror_agreement,
@@ -137,16 +138,20 @@ def test_what_is_hidden_cannot_be_seen_and_all_of_the_fill_is_hidden_once():
     assert black[0, 0, 0, 32] and white[0, 0, 0, 48] and white[0, 0, 16, 32]
 
 
+def agreeing(result: Tensor, truth: Tensor, hole: Tensor) -> Tensor:
+    return edge_f1(edge_maps(result), edge_maps(truth), hole)
+
+
 def test_edges_within_a_pixel_count():
     moved = lambda n: torch.roll(shirt(), n, dims=3)  # noqa: E731
     hole = right_half()
-    assert float(edge_f1(shirt(), shirt(), hole)) == 1
-    assert float(edge_f1(moved(1), shirt(), hole)) > 0.95
-    assert float(edge_f1(moved(4), shirt(), hole)) < 0.5
+    assert float(agreeing(shirt(), shirt(), hole)) == 1
+    assert float(agreeing(moved(1), shirt(), hole)) > 0.95
+    assert float(agreeing(moved(4), shirt(), hole)) < 0.5
     flat = torch.full_like(shirt(), 128)
-    assert float(edge_f1(flat, shirt(), hole)) == 0 and float(edge_f1(flat, flat, hole)) == 1
+    assert float(agreeing(flat, shirt(), hole)) == 0 and float(agreeing(flat, flat, hole)) == 1
     half_wrong = torch.cat([shirt()[..., :32], flat[..., 32:]], dim=3)
-    assert float(edge_f1(half_wrong, shirt(), 1 - hole)) > 0.85 > 0.2 > float(edge_f1(half_wrong, shirt(), hole))
+    assert float(agreeing(half_wrong, shirt(), 1 - hole)) > 0.85 > 0.2 > float(agreeing(half_wrong, shirt(), hole))
 
 
 def disc(column: int) -> tuple[Tensor, Tensor]:
@@ -158,21 +163,25 @@ def disc(column: int) -> tuple[Tensor, Tensor]:
     return (image + noise).clamp(0, 255).byte()[None], mask[None, None]
 
 
+def overlaps(result: Tensor, truth: Tensor, where: Tensor | None = None) -> Tensor:
+    return foreground_iou(foregrounds(result)[0], *foregrounds(truth), where)
+
+
 def test_foreground_iou_of_moved_discs():
     (here, mask), (there, moved) = disc(28), disc(38)
     found, kept = foregrounds(torch.cat([here, there]))
     assert kept.all()
     overlap = lambda a, b: float((a & b).sum() / (a | b).sum())  # noqa: E731
     assert overlap(found[:1], mask) > 0.93 and overlap(found[1:], moved) > 0.93
-    assert float(foreground_iou(there, here)) == pytest.approx(overlap(mask, moved), abs=0.05)
-    assert float(foreground_iou(here, here)) == 1
+    assert float(overlaps(there, here)) == pytest.approx(overlap(mask, moved), abs=0.05)
+    assert float(overlaps(here, here)) == 1
     left = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
     left[..., :26] = True  # little of the second disc
     expected = overlap(mask & left, moved & left)
     assert expected < 0.6 * overlap(mask, moved)
-    assert float(foreground_iou(there, here, left)) == pytest.approx(expected, abs=0.05)
+    assert float(overlaps(there, here, left)) == pytest.approx(expected, abs=0.05)
     flat = torch.full_like(here, 128)
-    assert foreground_iou(here, flat).isnan().all()
+    assert overlaps(here, flat).isnan().all()
 
 
 def test_segmentation_iou_by_hand():
@@ -192,8 +201,11 @@ def test_diversity_is_the_mean_over_pairs():
     assert not diversity(candidates, hole).any() and diversity(candidates)[0] > 0.3
 
     class Brightness:
-        def maps(self, x: Tensor, truth: Tensor) -> list[Tensor]:
-            return [(x.float() - truth.float()).abs().mean(dim=1, keepdim=True)[..., ::2, ::2]]
+        def layers(self, images: Tensor) -> list[Tensor]:
+            return [images.float()]
+
+        def maps(self, ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
+            return [(ours[0] - theirs[0]).abs().mean(dim=1, keepdim=True)[..., ::2, ::2]]
 
     torch.testing.assert_close(diversity(candidates, network=Brightness())[0], torch.tensor(255 / 3.0))
     with pytest.raises(ValueError, match="2 candidates"):

@@ -197,7 +197,8 @@ def test_a_perceptual_network_of_ones_own(tmp_path):
     cosines = [torch.cosine_similarity(a, b, dim=1) for a, b in zip(*layers, strict=True)]
     alive = [a.any(dim=1) & b.any(dim=1) for a, b in zip(*layers, strict=True)]
     assert torch.stack([v.float().mean() for v in alive]).min() > 0.9
-    for layer, cosine, lives in zip(networks["seen"].maps(x, truth), cosines, alive, strict=True):
+    seen = [networks["seen"].layers(v) for v in (x, truth)]
+    for layer, cosine, lives in zip(networks["seen"].maps(*seen), cosines, alive, strict=True):
         torch.testing.assert_close(4 * layer[:, 0][lives], 1 - cosine[lives], rtol=1e-4, atol=1e-5)
     check_distance(networks, "seen", x, truth)
 

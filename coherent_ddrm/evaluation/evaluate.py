@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def evaluate(wanted: Evaluation) -> Path | None:
     for method in methods:
         carry_out(gallery, method, wanted.batch, rank, world, quiet=rank > 0)
     _wait(state)
-    return None if rank else score(wanted, gallery, labels, makers, again, world)
+    return score(wanted, gallery, labels, makers, again, state)
 
 
 def score(
@@ -66,20 +67,21 @@ def score(
     labels: list[str],
     makers: Makers,
     again: Method | None,
-    world: int,
-) -> Path:
-    """Score all results and write the report."""
-    device = makers.device
-    networks, notes = available(wanted.scores, wanted.weights, device, wanted.download)
+    state: PartialState | None,
+) -> Path | None:
+    """Score all results, shared out over processes; the first one writes the report."""
+    device, (rank, world) = makers.device, ranks()
+    with state.main_process_first() if state else nullcontext():  # which may fetch weights
+        networks, notes = available(wanted.scores, wanted.weights, device, wanted.download)
     planner = makers.pipeline.structure if "segmentation_iou" in wanted.scores else None
     scorer = Scorer(gallery, networks, wanted.scores, device, again, planner)
-    rows, sets, said = [], {}, [*wanted.notes, *notes]
-    for kind in gallery.kinds:
-        rows += scorer.truths(kind)
-        for label in labels:
-            rows += scorer.pairs(label, kind)
-            sets[label, kind], more = scorer.sets(label, kind)
-            said += more
+    found = {kind: scorer.score(kind, labels, rank, world) for kind in gallery.kinds}
+    if rank:
+        return None
+    every = [(label, kind, found[kind][label]) for label in (TRUTH, *labels) for kind in gallery.kinds]
+    rows = [row for *_, scores in every for row in scores.rows]
+    sets = {(label, kind): scores.sets for label, kind, scores in every}
+    said = [*wanted.notes, *notes, *(note for *_, scores in every for note in scores.notes)]
     if len(gallery.keys) < FEW:
         said.append(f"{len(gallery.keys)} pictures: intervals of fewer than {FEW} are narrower than 95 %")
     if again is not None:
@@ -87,8 +89,6 @@ def score(
         said.append(f"reinpaint_*: {again.label} inpainted again{partial}; its own fills are the easier for it")
     facts = {"command": wanted.command, "checkpoint": makers.identity, "device": str(device)}
     facts |= {"precision": wanted.precision, "processes": world, "networks of the scores": scorer.identities or "none"}
-    names = [TRUTH, *labels]
-    rows.sort(key=lambda row: names.index(row["method"]))
     return write_report(gallery, rows, sets, labels[0], facts, list(dict.fromkeys(said)), wanted.published)
 
 

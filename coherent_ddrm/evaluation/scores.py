@@ -9,13 +9,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from coherent_ddrm import __version__
@@ -27,13 +28,16 @@ from coherent_ddrm.evaluation.work import records
 from coherent_ddrm.export import read_json, write_atomic
 from coherent_ddrm.images import read_image
 from coherent_ddrm.metrics import (
+    Truth,
+    by_itself,
     changed,
     diversity,
     foreground_iou,
+    foregrounds,
     measurement_error,
+    network_of,
     reinpaint_invented,
     reinpaint_known,
-    score_pairs,
     score_sets,
     segmentation_iou,
 )
@@ -42,9 +46,25 @@ from coherent_ddrm.operators import Inpainting
 
 BATCH = 32
 SLOW = ("foreground_iou", "segmentation_iou", "reinpaint_known", "reinpaint_invented")
-BY_ITSELF = ("surround_agreement", "mirror_agreement")  # need no truth, so the truth has a value of its own
-TRUTH = "the truth"  # the row with these values
+TRUTH = "the truth"  # the row with its own values of the scores that need no truth
 FACTS = ("method", "mask", "key", "candidate", "hole_hash", "hole_share", "area", "nfe", "seconds", "memory")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one method and kind of hole."""
+
+    rows: list[dict[str, Any]]  # per result
+    sets: dict[str, float]  # of the whole set
+    notes: list[str]  # what was left out or is to be read with care
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process measured of one method and kind of hole."""
+
+    rows: list[list[dict[str, Any]]]  # per picture, of each candidate
+    features: dict[str, Tensor]  # (N, d) by network, of the first candidates
 
 
 class Scorer:
@@ -69,66 +89,46 @@ class Scorer:
         self.gallery, self.networks, self.wanted, self.device = gallery, networks, wanted, device
         self.again, self.planner = again, planner
         self.identities = {name: getattr(net, "identity", "") for name, net in sorted(networks.items())}
+        self.extractors = {name: net for name, net in networks.items() if hasattr(net, "features")}
         self.hashes = gallery.verify()
 
-    def pairs(self, label: str, kind: str) -> list[dict[str, Any]]:
-        """A row per result. UserError while some are missing."""
-        noted, rows = records(self.gallery, label, kind), []
+    def score(self, kind: str, labels: Sequence[str], rank: int = 0, world: int = 1) -> dict[str, Scores]:
+        """By label, TRUTH first; all processes call it, which share the pictures, and the first gets the answer.
+
+        Every truth is read and looked at once for all methods. UserError while results are missing.
+        """
+        noted = {label: self._records(label, kind) for label in labels}
+        found = {label: self._kept(label, kind) for label in labels}
+        missing = [label for label in labels if found[label] is None]
+        mine = self._measure(kind, missing, self.gallery.keys[rank::world], noted)
+        parts = [mine] if world == 1 else gather_object([mine])
+        if rank:
+            return {}
+        real = _merged([part[TRUTH] for part in parts])
+        for label in missing:
+            whole = _merged([part[label] for part in parts])
+            sets, notes = score_sets(self.wanted, real.features, whole.features) if self.extractors else ({}, [])
+            found[label] = Scores([row for rows in whole.rows for row in rows], sets, notes)
+            kept = {"stamp": self._stamp(label, kind)} | asdict(found[label])
+            write_atomic(self._file(label, kind), json.dumps(kept).encode())
+        return {TRUTH: Scores([row for rows in real.rows for row in rows], {}, [])} | found
+
+    # -- what was measured before --------------------------------------------------------------------------------------
+
+    def _records(self, label: str, kind: str) -> dict[str, dict]:
+        noted = records(self.gallery, label, kind)
         if missing := [key for key in self.gallery.keys if key not in noted]:
             raise UserError(f"{label}, {kind}: {len(missing)} results are missing, the first of {missing[0]!r}")
-        kept, stamp = self.gallery.folder / "results" / label / kind / "scores.json", self._stamp(label, kind)
-        if kept.is_file() and (found := read_json(kept)).get("stamp") == stamp:
-            return found["rows"]
-        count = self.gallery.setting.candidates
-        for keys in self._batches():
-            truth, hole = self._truth(keys), self._holes(kind, keys)
-            raw = [self._results(label, kind, keys, k) for k in range(count)]
-            candidates = [torch.where(hole, result, truth) for result in raw]
-            spread = {"diversity": diversity(torch.stack(candidates), hole)} if count > 1 else {}
-            for k, result in enumerate(candidates):
-                scores = score_pairs(result, truth, hole, self.networks) | spread | self._slow(result, truth, hole)
-                scores |= {"changed": changed(raw[k], truth, hole), "measurement_error": _error(raw[k], truth, hole)}
-                rows += self._rows(label, kind, keys, k, hole, scores, noted)
-        write_atomic(kept, json.dumps({"stamp": stamp, "rows": rows}).encode())
-        return rows
+        return noted
 
-    def truths(self, kind: str) -> list[dict[str, Any]]:
-        """The truth's own values of the scores that need no truth, rows as of a method."""
-        rows, nothing = [], {key: dict.fromkeys(("nfe", "seconds", "memory")) for key in self.gallery.keys}
-        for keys in self._batches():
-            truth, hole = self._truth(keys), self._holes(kind, keys)
-            scores = score_pairs(truth, truth, hole)
-            own = {name: scores[name] for name in BY_ITSELF}
-            rows += self._rows(TRUTH, kind, keys, 0, hole, own, nothing)
-        return rows
+    def _kept(self, label: str, kind: str) -> Scores | None:
+        file = self._file(label, kind)
+        if not file.is_file() or (found := read_json(file)).pop("stamp", None) != self._stamp(label, kind):
+            return None
+        return Scores(**found)
 
-    def sets(self, label: str, kind: str) -> tuple[dict[str, float], list[str]]:
-        """Scores of the whole set, and what is to be said of them."""
-        if not self._extractors:
-            return {}, []
-
-        def read(keys: Sequence[str]) -> Tensor:
-            return torch.where(self._holes(kind, keys), self._results(label, kind, keys, 0), self._truth(keys))
-
-        return score_sets(self.wanted, self._real, self._features(read))
-
-    # -- parts ---------------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _extractors(self) -> dict[str, nn.Module]:
-        return {name: net for name, net in self.networks.items() if hasattr(net, "features")}
-
-    @cached_property
-    def _real(self) -> dict[str, Tensor]:
-        return self._features(self._truth)
-
-    def _features(self, read: Callable[[Sequence[str]], Tensor]) -> dict[str, Tensor]:
-        found: dict[str, list[Tensor]] = {name: [] for name in self._extractors}
-        for keys in self._batches():
-            pictures = read(keys)
-            for name, net in self._extractors.items():
-                found[name].append(net.features(pictures).float().cpu())
-        return {name: torch.cat(parts) for name, parts in found.items()}
+    def _file(self, label: str, kind: str) -> Path:
+        return self.gallery.folder / "results" / label / kind / "scores.json"
 
     def _stamp(self, label: str, kind: str) -> dict[str, Any]:
         """All that the scores hang on."""
@@ -140,15 +140,61 @@ class Scorer:
         again = self.again.facts if self.again and any(name.startswith("reinpaint") for name in slow) else None
         stamp = {"version": __version__, "results": digest.hexdigest(), "truth": self.hashes["truth"]}
         stamp |= {"holes": self.hashes[kind], "networks": self.identities, "slow": slow, "again": again}
+        stamp["sets"] = sorted(name for name in self.wanted if network_of(name) in self.extractors)
         return json.loads(json.dumps(stamp))
 
-    def _slow(self, result: Tensor, truth: Tensor, hole: Tensor) -> dict[str, Tensor]:
+    # -- measuring -----------------------------------------------------------------------------------------------------
+
+    def _measure(
+        self, kind: str, labels: Sequence[str], keys: Sequence[str], noted: Mapping[str, Mapping[str, dict]]
+    ) -> dict[str, Part]:
+        """Every label's results of these pictures, and the truth's own values."""
+        nothing = {key: dict.fromkeys(("nfe", "seconds", "memory")) for key in keys}
+        noted = {TRUTH: nothing} | {label: noted[label] for label in labels}
+        rows: dict[str, list] = {label: [] for label in noted}
+        features: dict[str, dict[str, list[Tensor]]] = {label: {net: [] for net in self.extractors} for label in noted}
+        for first in range(0, len(keys), BATCH):
+            batch = keys[first : first + BATCH]
+            truth, hole = Truth(self._truth(batch), self.networks), self._holes(kind, batch)
+            seen = self._labels(truth.pictures) if "segmentation_iou" in self.wanted and labels else None
+            for label in noted:
+                if label == TRUTH:
+                    candidates, scores = [truth.pictures], [by_itself(truth.pictures, hole)]
+                else:
+                    candidates, scores = self._results(label, kind, batch, truth, hole, seen)
+                rows[label] += self._rows(label, kind, batch, hole, scores, noted[label])
+                for name, net in self.extractors.items() if labels else ():
+                    features[label][name].append(net.features(candidates[0]).float().cpu())
+        whole = {label: {net: torch.cat(parts) for net, parts in of.items() if parts} for label, of in features.items()}
+        return {label: Part(rows[label], whole[label]) for label in noted}
+
+    def _results(
+        self, label: str, kind: str, keys: Sequence[str], truth: Truth, hole: Tensor, seen: Tensor | None
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """A method's candidates with their known pixels given back, uint8 (B, 3, R, R) each, and their scores.
+
+        seen: the labels that stage one sees in the truth, for segmentation_iou.
+        """
+        count = self.gallery.setting.candidates
+        files = [[self.gallery.result(label, kind, key, k) for key in keys] for k in range(count)]
+        raw = [self._stack([read_image(file) for file in of]) for of in files]
+        candidates = [torch.where(hole, result, truth.pictures) for result in raw]
+        spread = {"diversity": diversity(torch.stack(candidates), hole)} if count > 1 else {}
+        scores = []
+        for before, result in zip(raw, candidates, strict=True):
+            found = truth.score(result, hole) | spread | self._slow(result, truth, hole, seen)
+            found["changed"] = changed(before, truth.pictures, hole)
+            found["measurement_error"] = _error(before, truth.pictures, hole)
+            scores.append(found)
+        return candidates, scores
+
+    def _slow(self, result: Tensor, truth: Truth, hole: Tensor, seen: Tensor | None) -> dict[str, Tensor]:
         scores = {}
         if "foreground_iou" in self.wanted:
-            scores["foreground_iou"] = foreground_iou(result, truth, hole)
+            scores["foreground_iou"] = foreground_iou(foregrounds(result)[0], *truth.foregrounds, hole)
         if "segmentation_iou" in self.wanted:
-            labels = [self._labels(pictures) for pictures in (result, truth)]
-            scores["segmentation_iou"] = segmentation_iou(*labels, self.planner.config.num_labels, hole)
+            labels = self.planner.config.num_labels
+            scores["segmentation_iou"] = segmentation_iou(self._labels(result), seen, labels, hole)
         for name, measure in (("reinpaint_known", reinpaint_known), ("reinpaint_invented", reinpaint_invented)):
             if name in self.wanted:
                 scores[name] = measure(result, hole, self._inpaint)
@@ -172,35 +218,46 @@ class Scorer:
         label: str,
         kind: str,
         keys: Sequence[str],
-        candidate: int,
         hole: Tensor,
-        scores: Mapping[str, Tensor],
+        scores: Sequence[Mapping[str, Tensor]],
         noted: Mapping[str, dict],
-    ) -> list[dict[str, Any]]:
-        values, rows = {name: value.double().cpu().tolist() for name, value in scores.items()}, []
-        for i, key in enumerate(keys):
-            share = float(hole[i].float().mean())
-            digest = hashlib.sha256(hole[i].cpu().numpy().astype(np.uint8).tobytes()).hexdigest()[:16]
-            facts = dict(method=label, mask=kind, key=key, candidate=candidate, hole_hash=digest, hole_share=share)
-            facts |= {"area": area_bin(share)} | {k: noted[key][k] for k in ("nfe", "seconds", "memory")}
-            rows.append(facts | {name: _finite(value[i]) for name, value in values.items()})
+    ) -> list[list[dict[str, Any]]]:
+        """Per picture a row of each candidate, from the scores (B,) of each candidate."""
+        values = [{name: value.double().cpu().tolist() for name, value in of.items()} for of in scores]
+        rows = []
+        for i, (key, of) in enumerate(zip(keys, hole.cpu(), strict=True)):
+            share = float(of.float().mean())
+            digest = hashlib.sha256(of.numpy().astype(np.uint8).tobytes()).hexdigest()[:16]
+            facts = {"method": label, "mask": kind, "key": key, "hole_hash": digest, "hole_share": share}
+            facts |= {"area": area_bin(share)} | {name: noted[key][name] for name in ("nfe", "seconds", "memory")}
+            rows.append(
+                [
+                    facts | {"candidate": k} | {name: _finite(value[i]) for name, value in of.items()}
+                    for k, of in enumerate(values)
+                ]
+            )
         return rows
-
-    def _batches(self) -> list[list[str]]:
-        keys = self.gallery.keys
-        return [keys[first : first + BATCH] for first in range(0, len(keys), BATCH)]
 
     def _truth(self, keys: Sequence[str]) -> Tensor:
         return self._stack([self.gallery.truth(key) for key in keys])
-
-    def _results(self, label: str, kind: str, keys: Sequence[str], candidate: int) -> Tensor:
-        return self._stack([read_image(self.gallery.result(label, kind, key, candidate)) for key in keys])
 
     def _holes(self, kind: str, keys: Sequence[str]) -> Tensor:
         return torch.from_numpy(np.stack([self.gallery.hole(kind, key) for key in keys]))[:, None].to(self.device)
 
     def _stack(self, pictures: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().to(self.device)
+
+
+def _merged(parts: Sequence[Part]) -> Part:
+    """The pictures in their order: process r of n measured r, r + n, ..."""
+    world, total = len(parts), sum(len(part.rows) for part in parts)
+    rows: list[Any] = [None] * total
+    features: dict[str, Tensor] = {}
+    for rank, part in enumerate(parts):
+        rows[rank::world] = part.rows
+        for net, own in part.features.items():
+            features.setdefault(net, own.new_empty(total, own.shape[1]))[rank::world] = own
+    return Part(rows, features)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,14 +1,15 @@
 """Networks that scores are measured with. Each takes uint8 pictures (B, 3, H, W) and says what it is (`identity`).
 
-`maps(x, truth)`: distances per layer and place (perceptual.py); `features(images)`: one vector per picture, for the
-distances of two sets of pictures (frechet.py, kernel.py, discriminative.py).
+`layers(images)` and `maps(ours, theirs)` of two pictures' layers: distances per layer and place (perceptual.py);
+`features(images)`: one vector per picture, for the distances of two sets of pictures (frechet.py, kernel.py,
+discriminative.py).
 """
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import lpips
 import torch
@@ -38,11 +39,15 @@ class Lpips(nn.Module):
         self.identity = identity
         self.eval().requires_grad_(False)
 
-    def maps(self, x: Tensor, truth: Tensor) -> list[Tensor]:
-        """Weighted squared differences of unit feature vectors, five layers of (B, 1, h, w)."""
-        ours, theirs = (self.net.net(self.net.scaling_layer(_to_unit(v))) for v in (x, truth))
-        unit = lpips.normalize_tensor
-        return [head((unit(a) - unit(b)) ** 2) for head, a, b in zip(self.net.lins, ours, theirs, strict=True)]
+    @torch.no_grad()
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """Unit feature vectors, five layers of (B, C, h, w)."""
+        return [lpips.normalize_tensor(layer) for layer in self.net.net(self.net.scaling_layer(_to_unit(images)))]
+
+    @torch.no_grad()
+    def maps(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[Tensor]:
+        """Weighted squared differences of unit feature vectors, (B, 1, h, w) each."""
+        return [head((a - b) ** 2) for head, a, b in zip(self.net.lins, ours, theirs, strict=True)]
 
 
 class Inception(nn.Module):
@@ -83,21 +88,23 @@ class OwnNetwork(nn.Module):
         return net.forward_head(net.forward_features(self.net.prepared(x, _clean(x))), pre_logits=True).float()
 
     @torch.no_grad()
-    def maps(self, x: Tensor, truth: Tensor) -> list[Tensor]:
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """Unit feature vectors, (B, C, h, w) each; the zero vector where no feature fires."""
+        x = _to_unit(images)
+        if isinstance(self.net, PerceptualNet):
+            found = self.net.features(x)
+        else:
+            found = self.net.net.forward_intermediates(self.net.prepared(x, _clean(x)), intermediates_only=True)
+        return [F.normalize(layer) for layer in found]
+
+    @torch.no_grad()
+    def maps(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[Tensor]:
         """Half the squared difference of unit feature vectors (1 - their cosine) over the number of layers.
 
-        (B, 1, h, w) each; their sum is in [0, 2]. A place where no feature fires has the zero vector.
+        (B, 1, h, w) each; their sum is in [0, 2].
         """
-        ours, theirs = self._layers(_to_unit(x)), self._layers(_to_unit(truth))
         pairs = zip(ours, theirs, strict=True)
-        unit = F.normalize  # over channels
-        return [(unit(a) - unit(b)).square().sum(dim=1, keepdim=True) / (2 * len(ours)) for a, b in pairs]
-
-    def _layers(self, x: Tensor) -> list[Tensor]:
-        if isinstance(self.net, PerceptualNet):
-            return self.net.features(x)
-        prepared = self.net.prepared(x, _clean(x))
-        return self.net.net.forward_intermediates(prepared, intermediates_only=True)
+        return [(a - b).square().sum(dim=1, keepdim=True) / (2 * len(ours)) for a, b in pairs]
 
 
 def _to_unit(images: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ places just outside the hole see into it, so a mean over the hole says more than
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -20,8 +21,12 @@ from coherent_ddrm.metrics.pixels import mean_over
 class DistanceNetwork(Protocol):
     """What two pictures are compared with."""
 
-    def maps(self, x: Tensor, truth: Tensor) -> list[Tensor]:
-        """uint8 (B, 3, H, W) twice -> one map of distances per layer, (B, 1, h, w)."""
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """uint8 (B, 3, H, W) -> features of each layer, (B, C, h, w)."""
+        ...
+
+    def maps(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[Tensor]:
+        """Layers of two pictures -> one map of distances per layer, (B, 1, h, w)."""
         ...
 
 
@@ -39,5 +44,5 @@ def hole_distance(maps: list[Tensor], hole: Tensor) -> Tensor:
 @torch.no_grad()
 def perceptual_distance(network: DistanceNetwork, x: Tensor, truth: Tensor, where: Tensor | None = None) -> Tensor:
     """Distance of uint8 pictures (B, 3, H, W), over `where` (B, 1, H, W) if given; (B,)."""
-    maps = network.maps(x, truth)
+    maps = network.maps(network.layers(x), network.layers(truth))
     return whole_distance(maps) if where is None else hole_distance(maps, where)

@@ -11,28 +11,26 @@ from torch import Tensor
 from coherent_ddrm import saliency, structure_losses, structure_maps
 
 EDGE = 0.25  # strength from which a soft edge counts, in both pictures
-AT_ONCE = 2**14  # pixels whose edges are found together: more are slower, out of the processor's cache
+AT_ONCE = 2**14  # pixels whose edges are found together on a CPU: more are slower, out of its cache
 
 
 def edge_maps(images: Tensor) -> Tensor:
     """Soft edges of uint8 (B, 3, H, W), (B, 1, H, W) in [0, 1]: stage one's targets, from the picture at twice its
     size (bicubic)."""
-    parts = images.split(max(1, AT_ONCE // (images.shape[-2] * images.shape[-1])))
-    return torch.cat([_edges(part) for part in parts])
+    count = len(images) if images.is_cuda else max(1, AT_ONCE // (images.shape[-2] * images.shape[-1]))
+    return torch.cat([_edges(part) for part in images.split(count)])
 
 
 def _edges(images: Tensor) -> Tensor:
     double = F.interpolate(images.float(), scale_factor=2, mode="bicubic", align_corners=False)
-    pixels = double.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    return torch.from_numpy(structure_maps.edges(pixels))[:, None].to(images.device) / 255
+    return structure_maps.soft_edges(double.round().clamp(0, 255).byte())
 
 
-def edge_f1(result: Tensor, truth: Tensor, where: Tensor | None = None) -> Tensor:
-    """F1 of the result's edges against the truth's, matched within a pixel, (B,). uint8 (B, 3, H, W) twice.
+def edge_f1(ours: Tensor, theirs: Tensor, where: Tensor | None = None) -> Tensor:
+    """F1 of the result's `edge_maps` against the truth's, matched within a pixel, (B,).
 
     Only edges in `where` (B, 1, H, W) count; 1 where neither picture has one.
     """
-    ours, theirs = edge_maps(torch.cat([result, truth])).chunk(2)
     where = None if where is None else where.to(ours.dtype)
     return structure_losses.edge_f1(ours, theirs, EDGE, where=where).float()
 
@@ -52,13 +50,11 @@ def foregrounds(images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(masks)[:, None].to(images.device), torch.tensor(kept, device=images.device)
 
 
-def foreground_iou(result: Tensor, truth: Tensor, where: Tensor | None = None) -> Tensor:
-    """Overlap of both pictures' foregrounds over `where` (B, 1, S, S), (B,): pixels in both over pixels in either.
+def foreground_iou(ours: Tensor, theirs: Tensor, kept: Tensor, where: Tensor | None = None) -> Tensor:
+    """Overlap of the result's and the truth's `foregrounds` over `where`, (B,): pixels in both over pixels in either.
 
-    nan where the truth's foreground is unsure, or neither has any. uint8 (B, 3, S, S) twice.
+    nan where the truth's foreground is unsure (not `kept`, (B,)), or neither has any. (B, 1, S, S) each.
     """
-    ours, _ = foregrounds(result)
-    theirs, kept = foregrounds(truth)
     if where is not None:
         ours, theirs = ours & where.bool(), theirs & where.bool()
     value = (ours & theirs).flatten(1).sum(dim=1) / (ours | theirs).flatten(1).sum(dim=1)

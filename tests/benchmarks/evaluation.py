@@ -1,6 +1,7 @@
 """Where an evaluation's time goes: python tests/benchmarks/evaluation.py --data SHARDS OUT [--methods coherent,repaint]
 
-Seconds per picture in the networks, in the samplers around them, in files, in scores, and for the report.
+What is paid per picture, in milliseconds: networks, samplers around them, files, scores. What is paid once: loading,
+pictures and holes, the report.
 """
 
 import argparse
@@ -14,13 +15,15 @@ import torch
 from coherent_ddrm.evaluation import evaluate as whole
 from coherent_ddrm.evaluation import work
 from coherent_ddrm.evaluation.asked import Evaluation
-from coherent_ddrm.evaluation.methods import Method
+from coherent_ddrm.evaluation.gallery import Gallery
+from coherent_ddrm.evaluation.methods import Makers, Method
 from coherent_ddrm.evaluation.scores import Scorer
 from coherent_ddrm.evaluation.setting import Setting
 from coherent_ddrm.export import default_checkpoint
 from coherent_ddrm.models.dit import DiT
 from coherent_ddrm.models.structure import StructurePredictor
 
+ONCE = {"loading networks": "loading", "pictures and holes": "pictures", "tables, tests, plots, page": "report"}
 spent: dict[str, float] = defaultdict(float)
 depth: dict[str, int] = defaultdict(int)
 
@@ -55,8 +58,10 @@ def main() -> None:
         timed(owner, name, "networks")
     timed(Method, "fill", "methods")
     timed(work, "_fill", "work")
-    timed(Scorer, "pairs", "scores of pictures")
-    timed(Scorer, "sets", "scores of sets")
+    timed(Makers, "make", "loading")
+    timed(whole, "available", "loading")
+    timed(Gallery, "make", "pictures")
+    timed(Scorer, "_measure", "scores")
     timed(whole, "write_report", "report")
     methods = tuple(options.methods.split(","))
     setting = Setting(options.data, ("half", "lama-thick"), 64, options.count, 0)
@@ -67,18 +72,19 @@ def main() -> None:
     start = time.perf_counter()
     whole.evaluate(wanted)
     total, results = time.perf_counter() - start, 2 * options.count * len(methods)
-    rows = {
+    each = {
         "networks": spent["networks"],
         "samplers around them": spent["methods"] - spent["networks"],
         "files": spent["work"] - spent["methods"],
-        "scores of pictures": spent["scores of pictures"],
-        "scores of sets": spent["scores of sets"],
-        "report": spent["report"],
+        "scores": spent["scores"],
     }
-    rows["the rest (loading, pictures and holes)"] = total - sum(rows.values())
-    print(f"{results} results of {', '.join(methods)} in {total:.1f} s")
-    for name, seconds in rows.items():
-        print(f"{name:40s} {1000 * seconds / results:7.2f} ms a picture  {seconds / total:6.1%}")
+    once = {name: spent[part] for name, part in ONCE.items()}
+    once["the rest (imports, scores of sets)"] = total - sum(each.values()) - sum(once.values())
+    print(f"{results} results of {', '.join(methods)} in {total:.1f} s, {sum(each.values()):.1f} s of it per result")
+    for name, seconds in each.items():
+        print(f"{name:40s} {1000 * seconds / results:7.2f} ms a result  {seconds / sum(each.values()):6.1%}")
+    for name, seconds in once.items():
+        print(f"{name:40s} {seconds:7.2f} s once")
 
 
 if __name__ == "__main__":
