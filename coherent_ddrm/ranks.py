@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
@@ -20,7 +20,7 @@ def agree(accelerator: Accelerator, value: Tensor, stop: bool) -> tuple[bool, bo
     return bad == 0, stop > 0
 
 
-def first_does(accelerator: Accelerator, work: Callable[..., Result], *arguments: Any) -> Result:
+def first_does(accelerator: Accelerator | PartialState, work: Callable[..., Result], *arguments: Any) -> Result:
     """What `work` returns or raises on the first process, which alone does it, on all: else they would wait for it.
 
     All processes call it; `work` needs none of the others.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -17,6 +19,7 @@ from coherent_ddrm.evaluation.report import write_report
 from coherent_ddrm.evaluation.scores import SLOW, TRUTH, Scorer
 from coherent_ddrm.evaluation.work import adopt, carry_out, claim, find_results, ranks
 from coherent_ddrm.metrics import available, network_of
+from coherent_ddrm.ranks import first_does
 
 PATIENCE = timedelta(days=7)  # for which a process waits for the slowest one
 FEW = 30  # pictures, below which bootstrap intervals are known to be too narrow
@@ -43,22 +46,23 @@ def evaluate(wanted: Evaluation) -> Path | None:
         raise UserError(f"--scores segmentation_iou: {wanted.checkpoint} has no stage one that would see labels")
     again = makers.make(wanted.reinpaint) if any("reinpaint" in name for name in wanted.scores) else None
 
-    if rank == 0:
-        gallery.begin()
-    _wait(state)
+    _first(state, gallery.begin)
     gallery.make(rank, world)
     _wait(state)
-    if rank == 0:
-        gallery.verify()
-        for label, folder in wanted.results.items():
-            adopt(gallery, label, find_results(gallery, folder))
-        for method in methods:
-            claim(gallery, method.label, method.facts)
-    _wait(state)
+    _first(state, claim_all, gallery, methods, wanted.results)
     for method in methods:
         carry_out(gallery, method, wanted.batch, rank, world, quiet=rank > 0)
     _wait(state)
     return score(wanted, gallery, labels, makers, again, state)
+
+
+def claim_all(gallery: Gallery, methods: Sequence[Method], results: Mapping[str, Path]) -> None:
+    """Give every method its place, and take in what other programs made."""
+    gallery.verify()
+    for label, folder in results.items():
+        adopt(gallery, label, find_results(gallery, folder))
+    for method in methods:
+        claim(gallery, method.label, method.facts)
 
 
 def score(
@@ -109,6 +113,11 @@ def check_scores(wanted: Evaluation) -> None:
 def make_makers(wanted: Evaluation, device: torch.device) -> Makers:
     dtype = torch.bfloat16 if wanted.precision == "bf16" else None
     return Makers(wanted.checkpoint, device, wanted.steps, wanted.shift, dtype)
+
+
+def _first(state: PartialState | None, work: Callable[..., None], *arguments: Any) -> None:
+    """The first process does it; what it raises ends all of them."""
+    work(*arguments) if state is None else first_does(state, work, *arguments)
 
 
 def _wait(state: PartialState | None) -> None:
