@@ -29,6 +29,7 @@ Row = Mapping[str, Any]
 ARROW = {"higher": "↑", "lower": "↓", "one": "→ 1", "truth": "→ truth", "none": ""}
 HEADLINES = ("lpips_alex_hole", "pd-clothing_hole", "psnr_hole", "ssim_hole")  # plotted and tested
 PACKAGES = ("torch", "torchmetrics", "lpips", "torch-fidelity", "diffusers", "scikit-image", "opencv-python-headless")
+IN_MARKDOWN = ("l1_hole", "seam", "sharpness", "edge_f1", "surround_agreement", "mirror_agreement", "changed")
 CELL, EACH = 128, 4  # largest side of a picture on a sheet; how many best, median and worst ones
 
 
@@ -73,7 +74,8 @@ def write_report(
     write_csv(folder / "scores.csv", results_of)
     write_atomic(folder / "results.json", json.dumps(_plain(results), indent=1).encode() + b"\n")
     titles = {name: title(name) for name in [*names, *on_sets]}
-    columns = [*[name for name in names if name in (*chosen, "l1_hole", "seam", "sharpness", "changed")], *on_sets]
+    shown = [*chosen, *(name for name in IN_MARKDOWN if name in names and any(_mean_of(row, name) for row in summary))]
+    columns = [*shown, *(name for name in on_sets if "_spread" not in name)]
     write_atomic(folder / "results.md", tables.markdown(summary, columns, titles).encode())
     page = _template().render(
         results=results,
