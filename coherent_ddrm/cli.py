@@ -41,7 +41,9 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code: 0, 2 for a mistake of the user's, 130 when interrupted."""
     try:
-        args = build_parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else list(argv)
+        args = build_parser().parse_args(words)
+        args.words = words
         return args.run(args)
     except MISTAKES as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -196,9 +198,10 @@ def _add_evaluate(verbs: Any) -> None:
         "--methods",
         default="",
         metavar="A,B,...",
-        help="coherent, samplers, telea, navier-stokes, biharmonic; options behind colons: repaint:jump_length=2. The "
-        "others are tested against the first (default: coherent,ddnm,telea; with --results: none)",
+        help="coherent, samplers, biharmonic; options behind colons: repaint:jump_length=2. The others are tested "
+        "against the first (default: coherent,ddnm; with --results: none)",
     )
+    verb.add_argument("--no-baselines", action="store_true", help="without telea and navier-stokes, else always there")
     verb.add_argument(
         "--results",
         action="append",
@@ -206,7 +209,7 @@ def _add_evaluate(verbs: Any) -> None:
         metavar="[NAME=]DIR",
         help="score what another program made of REPORT/given and REPORT/holes: DIR/KIND/NAME.png; may be repeated",
     )
-    verb.add_argument("--protocol", metavar="NAME", help="a published one: its holes, size, count and scores")
+    verb.add_argument("--protocol", metavar="NAME[:PICTURES]", help="a published one: holes, size, count, scores")
     verb.add_argument("--checkpoint", metavar="DIR", help="our checkpoint, or any prior (default: the shipped one)")
     verb.add_argument("--count", type=positive, metavar="N", help="pictures, spread over the data (default: all)")
     verb.add_argument("--size", type=positive, metavar="PX", help="default: the protocol's or the checkpoint's")

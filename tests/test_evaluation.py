@@ -2,7 +2,11 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -26,6 +30,7 @@ from coherent_ddrm.metrics import available
 
 COUNT = 6
 METHODS = "coherent,ddnm:steps=2,telea"
+WITH_NETWORK = ["pd-clothing", "kid-clothing"]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,7 @@ def root(tmp_path_factory):
 
 
 def words(root, out="report", *more, methods=METHODS):
+    more = ("--no-baselines", *more)
     data = ["evaluate", "--data", str(root / "photos"), "-o", str(root / out), "--checkpoint", str(root / "base")]
     return [*data, "--masks", "half,lama-thick", "--methods", methods, "--offline", "--batch-size", "4", *more]
 
@@ -98,12 +104,33 @@ def test_masks_of_ones_own(root, tmp_path):
     hole = np.zeros((32, 32), np.uint8)
     hole[:, :8] = 255
     for i in range(COUNT):
-        Image.fromarray(hole).save(tmp_path / "masks" / f"photo_{i}.png")
+        Image.fromarray(hole).save(tmp_path / "masks" / f"photo {i}.png")
     gallery = made(tmp_path / "out", setting(root, masks=(f"left={tmp_path / 'masks'}",)))
     assert (gallery.hole("left", "photo_3") == (hole > 0)).all()
-    (tmp_path / "masks" / "photo_3.png").unlink()
-    with pytest.raises(UserError, match="0 masks named 'photo_3'"):
+    (tmp_path / "masks" / "photo 3.png").unlink()
+    with pytest.raises(UserError, match="0 masks named 'photo 3'"):
         made(tmp_path / "out2", setting(root, masks=(f"left={tmp_path / 'masks'}",)))
+
+
+def test_masks_and_pictures_of_any_name(tmp_path):
+    """Folders, dots, other scripts; a mask belongs to the picture of the same name, not to one that begins so."""
+    names = ("a", "a.b", "sub/a", "é", "ü", "写真")
+    for i, name in enumerate(names):
+        for folder in ("photos", "masks"):
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+        make_picture(32, 32, seed=i).save(tmp_path / "photos" / f"{name}.png")
+        hole = np.zeros((32, 32), np.uint8)
+        hole[i] = 255
+        Image.fromarray(hole).save(tmp_path / "masks" / f"{name}.PNG")
+    gallery = made(tmp_path / "out", setting(tmp_path, masks=(f"mine={tmp_path / 'masks'}",)))
+    assert sorted(gallery.keys) == sorted(name.replace("/", "_") for name in names)
+    for i, name in enumerate(names):
+        key = name.replace("/", "_")
+        assert (gallery.hole("mine", key).any(axis=1).nonzero()[0] == [i]).all()
+        assert (gallery.truth(key) == np.asarray(make_picture(32, 32, seed=i))).all()
+    make_picture(32, 32, seed=9).save(tmp_path / "photos" / "sub_a.png")
+    with pytest.raises(UserError, match="'sub/a' and 'sub_a' would both be called 'sub_a'"):
+        made(tmp_path / "other", setting(tmp_path))
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------
@@ -202,6 +229,16 @@ def test_work_goes_on_where_it_was_cut_off(root, tmp_path):
         assert (read_image(whole.result("noise", "half", key)) == read_image(cut.result("noise", "half", key))).all()
 
 
+def test_a_lost_candidate_is_made_again(root, tmp_path):
+    gallery, calls = made(tmp_path / "lost", setting(root, candidates=2)), []
+    carry_out(gallery, noisy([]), 6, quiet=True)
+    lost = gallery.result("noise", "half", "photo_2", 1)
+    before = read_image(lost)
+    lost.unlink()
+    carry_out(gallery, noisy(calls), 6, quiet=True)
+    assert sum(calls) == 2 and (read_image(lost) == before).all()
+
+
 def test_processes_share_the_work_and_change_nothing(root, tmp_path):
     one, two = (made(tmp_path / name, setting(root, candidates=2)) for name in ("one", "two"))
     calls = []
@@ -218,11 +255,14 @@ def test_processes_share_the_scoring_and_change_nothing(root, tmp_path, monkeypa
     """Two processes, played one after the other: the second one's part waits until the first one gathers."""
     gallery = made(tmp_path / "shared", setting(root, count=5, candidates=2))
     carry_out(gallery, noisy([]), 6, quiet=True)
-    networks, _ = available(["pd-clothing", "kid-clothing"], download=False)
-    scorer = Scorer(gallery, networks, ["pd-clothing", "kid-clothing"], torch.device("cpu"))
+    networks, _ = available(WITH_NETWORK, download=False)
+    scorer = Scorer(gallery, networks, WITH_NETWORK, torch.device("cpu"))
     sent = []
-    monkeypatch.setattr(scoring, "gather_object", lambda mine: sent.extend(mine) or sent[::-1])
-    assert scorer.score("half", ["noise"], 1, 2) == {} and len(sent[0]["noise"].rows) == 2
+    monkeypatch.setattr(scoring, "gather_object", lambda mine: sent.extend(mine) or mine)
+    assert Scorer(gallery, networks, WITH_NETWORK, torch.device("cpu")).score("half", ["noise"], 1, 2) == {}
+    assert [len(part.rows) for part in sent] == [2, 2]
+    parts = iter(sent)  # of the second process: the truth, then the method
+    monkeypatch.setattr(scoring, "gather_object", lambda mine: [*mine, next(parts)])
     shared = scorer.score("half", ["noise"], 0, 2)
     (gallery.folder / "results" / "noise" / "half" / "scores.json").unlink()
     alone = scorer.score("half", ["noise"])
@@ -263,7 +303,8 @@ def test_results_and_tables_agree(root):
         assert summary["scores"]["l1_hole"]["low"] <= np.mean(own) <= summary["scores"]["l1_hole"]["high"]
     assert {row["method"] for row in results["differences"]} == {"ddnm_steps-2", "telea"}
     assert any(note.startswith("left out: lpips_alex") for note in results["notes"])
-    assert "evaluate" in results["facts"]["command"] or results["facts"]["command"]
+    command = results["facts"]["command"]
+    assert command.startswith("coherent-ddrm evaluate --data ") and f"--methods {METHODS}" in command
     text = (root / "report" / "results.md").read_text()
     assert text.count("| telea |") == 2 and "**lama-thick**, 6 pictures" in text
 
@@ -319,6 +360,50 @@ def test_pictures_of_another_program(root, tmp_path, capsys, monkeypatch):
     assert "photo_2.jpg, which is not lossless" in capsys.readouterr().err
 
 
+def test_pictures_put_into_the_report_itself(root, capsys):
+    """They stay, and are scored once; one of a wrong size is named."""
+    for kind in ("half", "lama-thick"):
+        shutil.copytree(root / "report" / "given" / kind, root / "inside" / "results" / "grey" / kind)
+    folder = root / "inside" / "results" / "grey"
+    more = ["--results", str(folder)]
+    for _ in range(2):
+        assert main(words(root, "inside", *more, methods="")) == 0
+        assert len(list((folder / "half").glob("*.png"))) == COUNT
+    written = (folder / "half" / "scores.json").stat().st_mtime_ns
+    assert main(words(root, "inside", *more, methods="")) == 0
+    assert (folder / "half" / "scores.json").stat().st_mtime_ns == written
+    assert main(words(root, "telea", "--count", "2", methods="telea")) == 0
+    Image.new("RGB", (20, 20)).save(root / "telea" / "results" / "telea" / "half" / "photo_0.png")
+    capsys.readouterr()
+    assert main(words(root, "telea", "--count", "2", methods="telea")) == 2
+    assert "20 x 20, not 32 px" in capsys.readouterr().err
+
+
+def test_baselines_are_always_there(root):
+    more = ["--results", str(root / "report" / "truth"), "--masks", "half", "--count", "2"]
+    more = [word for word in words(root, "baselines", *more, methods="") if word != "--no-baselines"]
+    assert main(more) == 0
+    results = json.loads((root / "baselines" / "results.json").read_text())
+    assert [row["method"] for row in results["summary"]] == ["the truth", "truth", "telea", "navier-stokes"]
+    assert {row["against"] for row in results["differences"]} == {"truth"}
+
+
+def test_two_processes_by_torchrun(root):
+    """The same scores as one."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += ["--no-python", str(Path(sys.executable).parent / "coherent-ddrm")]
+    here = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [*launch, *words(root, "two", methods="telea")]
+    done = subprocess.run(command, env=here, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ours = [row for row in scores(root / "report") if row["method"] == "telea"]
+    for one, two in zip(ours, scores(root / "two"), strict=True):
+        assert (one["key"], one["mask"], one["hole_hash"]) == (two["key"], two["mask"], two["hole_hash"])
+        assert [float(one[name]) for name in ("psnr", "pd-clothing_hole", "edge_f1")] == pytest.approx(
+            [float(two[name]) for name in ("psnr", "pd-clothing_hole", "edge_f1")], rel=1e-4
+        )
+
+
 def test_slow_scores_and_candidates(root):
     """Telea again from its own fill; two candidates of noise-free Telea are alike, of coherent they are not."""
     slow = "foreground_iou,segmentation_iou,reinpaint_known,reinpaint_invented"
@@ -371,8 +456,10 @@ def test_a_protocol_says_what_papers_report(root, size):
     results = json.loads((root / out / "results.json").read_text())
     assert {row["mask"] for row in results["published"]["rows"]} == ({"repaint-half"} if size == 256 else set())
     assert ("no number of the papers is comparable" in " ".join(results["notes"])) == (size != 256)
-    assert any("3 pictures" in note for note in results["notes"]) and "RePaint" in results["published"]["text"]
-    assert "What papers report" in (root / out / "report.html").read_text()
+    notes = " ".join(results["notes"])
+    assert "3 pictures, repaint-6masks has" in notes and "RePaint" in results["published"]["text"]
+    page = (root / out / "report.html").read_text()
+    assert "What papers report" in page and ("measured here" in page) == (size == 256)
 
 
 @needs_browser

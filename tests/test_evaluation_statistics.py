@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from coherent_ddrm.evaluation.statistics import AREA_BINS, area_bin, difference, holm, interval
+from coherent_ddrm.evaluation.statistics import AREA_BINS, area_bin, difference, holm, interval, sign_flip
 from coherent_ddrm.evaluation.tables import bins, differences, markdown, summaries
 
 
@@ -53,6 +53,21 @@ def test_paired_difference_by_chance():
     found = difference(noise, np.zeros(40))
     assert found.p == pytest.approx(stats.ttest_1samp(noise, 0).pvalue, abs=0.03)
     assert difference(noise, noise).p == 1.0
+
+
+@pytest.mark.parametrize("count", [12, 101])
+def test_sign_flips_are_those_of_scipy(count):
+    apart = np.random.default_rng(count).normal(0.2, 1, count)
+    theirs = stats.permutation_test(
+        (apart,),
+        lambda x, axis: x.mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=99_999,
+        rng=np.random.default_rng(0),
+    )
+    assert sign_flip(apart) == pytest.approx(theirs.pvalue, abs=0.012) and 0.01 < theirs.pvalue < 0.9
+    assert sign_flip(apart + 5) == pytest.approx(2 / 2**count, abs=1e-3)  # all signs as they are, or all flipped
 
 
 def test_holm_on_its_textbook_example():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import scipy.linalg
 import torch
@@ -74,8 +75,10 @@ def test_fid_infinity_takes_the_bias_out():
     assert fid_infinity(real, shifted).value == pytest.approx(16, abs=1.5)
     assert fid(real, shifted) > 18
     assert fid_infinity(real, fake) == fid_infinity(real, fake)
-    with pytest.raises(UserError, match="99 and 600"):
-        fid_infinity(real[:99], fake)
+    with pytest.raises(UserError, match="511 and 600 pictures: this distance needs 512"):
+        fid_infinity(real[:511], fake)  # 8 of each of 64 dimensions
+    assert fid_infinity(real, real, paired=True).value == pytest.approx(0, abs=1e-9)
+    assert fid_infinity(real, real).value < -0.1
 
 
 @pytest.mark.filterwarnings("ignore:Metric `Kernel")
@@ -95,6 +98,17 @@ def test_kid_equals_torchmetrics_on_the_same_subsets():
     assert kid(real, fake, subsets=20, seed=3) == ours  # no ambient randomness
     with pytest.raises(UserError):
         kid(real[:3], fake)
+
+
+def test_kid_of_pairs_is_that_of_strangers():
+    """Results that are their own truths: 0, where subsets that hold pairs give far less."""
+    real = normal(100, 8, 0)
+    assert kid(real, real).value < -4 * abs(kid(real, real, paired=True).value) < 0.0
+    values = [kid(normal(100, 8, i), normal(100, 8, i) + 0.4, paired=True).value for i in range(8)]
+    strangers = [kid(normal(100, 8, i), normal(100, 8, 50 + i) + 0.4).value for i in range(8)]
+    assert np.mean(values) == pytest.approx(np.mean(strangers), rel=0.25) and np.mean(strangers) > 0.1
+    with pytest.raises(ValueError, match="no pairs"):
+        kid(real, real[:90], paired=True)
 
 
 def test_kid_is_the_unbiased_discrepancy():
@@ -146,6 +160,7 @@ def test_score_sets_leaves_out_what_would_mislead():
     scores, notes = score_sets(["fid-clothing"], real, fake)
     assert scores == {"fid-clothing": fid(real["clothing"], fake["clothing"])} and not notes
     wide = normal(1100, 1100, 2)
+    assert score_sets(["fid-wide"], {"wide": wide}, {"wide": wide}, published_at=[1100])[0]["fid-wide"] < 1e-9
     assert "1101 or more" in score_sets(["fid-wide"], {"wide": wide}, {"wide": wide})[1][0]
     wide = wide[:, :120]
     scores, notes = score_sets(["fid-wide"], {"wide": wide}, {"wide": wide})

@@ -53,6 +53,14 @@ def test_published_rows_belong_to_their_protocol(protocol):
     assert any("unverified" in note for note in protocol.notes) == (not all(row.checked for row in protocol.published))
 
 
+def test_a_protocol_on_one_of_its_sets():
+    whole, places = find_protocol("repaint-6masks"), find_protocol("repaint-6masks:places2")
+    assert [data.name for data in places.data] == ["places2"] and {row.data for row in places.published} == {"places2"}
+    assert len(places.published) < len(whole.published)
+    with pytest.raises(UserError, match="no pictures 'ffhq': choose one of "):
+        find_protocol("repaint-6masks:ffhq")
+
+
 def test_rules_are_those_of_images():
     assert get_args(Resize) == get_args(images.Policy)
     assert all(describe_score(name).meaning for name in METRICS)  # a ValueError for a name that is no score's

@@ -171,6 +171,7 @@ MISTAKES = {  # what to do to the sources, more arguments, what the line says
     "other size": (lambda f: Image.new("RGB", (9, 8)).save(f / "by-B" / "picture-2.png"), [], "9 x 8"),
     "no hole": (lambda f: Image.new("L", (16, 16)).save(f / "masks" / "picture-2.png"), [], "nothing is white"),
     "no picture": (lambda f: (f / "by-B" / "picture-2.png").write_text("text"), [], "picture-2.png"),
+    "the folder one is in": (None, ["-o", "."], "is not empty"),
     "too many questions": (None, ["--questions", "7"], "only 6 comparisons"),
 }
 
@@ -189,6 +190,14 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, 
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and message in captured.err
     assert not (tmp_path / "s").exists() and not list(tmp_path.glob(".s.tmp*"))
+
+
+def test_the_folder_one_is_in_is_not_replaced(tmp_path, monkeypatch, capsys):
+    make_study(tmp_path, questions=3)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["study", "export", str(tmp_path / "study"), "-o", "."]) == 2
+    assert "the folder you are in" in capsys.readouterr().err
 
 
 def test_an_old_study_is_not_overwritten_and_a_damaged_one_not_read(tmp_path, capsys):

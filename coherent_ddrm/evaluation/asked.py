@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,8 @@ from coherent_ddrm.evaluation.setting import Setting
 from coherent_ddrm.export import INDEX, default_checkpoint, read_facts
 
 MASKS = ("lama-thick", "half")
-METHODS = ("coherent", "ddnm", "telea")
+METHODS = ("coherent", "ddnm")
+BASELINES = ("telea", "navier-stokes")  # which need no weights, are beside every method
 SCORES = ("lpips_alex", "lpips_vgg", "fid", "kid", "p_ids", "u_ids")  # those that need a network and can be asked for;
 SCORES += ("pd-clothing", "fid-clothing", "fid_infinity-clothing", "kid-clothing")  # the others are always there
 
@@ -31,6 +31,7 @@ class Evaluation:
     results: dict[str, Path]  # label -> folder of pictures that another program made
     checkpoint: str
     output: Path
+    baselines: tuple[str, ...] = ()  # scored like methods, behind the results
     scores: tuple[str, ...] = SCORES
     weights: Path | None = None  # folder of weights for scores
     steps: int | None = None
@@ -46,6 +47,7 @@ class Evaluation:
 
 
 SMALLEST = 16  # pixels; SSIM's windows are 11 wide
+SMALLEST_ALEX = 31  # AlexNet's last layers see nothing of smaller pictures
 
 
 def understand(args: Namespace) -> Evaluation:
@@ -60,31 +62,37 @@ def understand(args: Namespace) -> Evaluation:
     count = args.count or (max(one.count for one in protocol.data) if protocol else 0)
     setting = Setting(str(args.data), masks, size, count, args.seed, args.candidates)
     scores = _words(args.scores) or (_of(protocol) if protocol else SCORES)
+    small = ()
+    if size < SMALLEST_ALEX and any(name.startswith("lpips_alex") for name in scores):
+        scores = tuple(name for name in scores if not name.startswith("lpips_alex"))
+        small = (f"left out: lpips_alex: its network takes pictures from {SMALLEST_ALEX} px, these have {size}",)
     return Evaluation(
         setting,
         methods,
         parse_results(args.results),
         checkpoint,
         Path(args.output),
+        () if args.no_baselines else tuple(name for name in BASELINES if name not in methods),
         scores,
         None if args.weights is None else Path(args.weights),
         args.steps,
         args.shift,
         args.batch_size,
-        command="coherent-ddrm " + shlex.join(sys.argv[1:]),
+        command=shlex.join(["coherent-ddrm", *args.words]),
         download=not args.offline,
         precision=args.precision,
         reinpaint=args.reinpaint,
         published=None if protocol is None else told(protocol, setting),
-        notes=() if protocol is None else departures(protocol, setting),
+        notes=(*small, *(() if protocol is None else departures(protocol, setting))),
     )
 
 
 def told(protocol: Protocol, setting: Setting) -> dict[str, Any]:
     """What a report says of a protocol: its title, how it scores, and, at its own size, what papers report."""
-    rows = [asdict(row) for row in protocol.published if row.mask in setting.masks]
-    rows = [row | {"value": row["printed"]} for row in rows] if setting.size == protocol.resolution else []
-    return {"title": protocol.title, "text": describe(protocol), "rows": rows}
+    rows = [asdict(row) for row in protocol.published if row.mask in _kinds(setting)]
+    rows = rows if setting.size == protocol.resolution else []
+    counts = [data.count for data in protocol.data]
+    return {"name": protocol.name, "title": protocol.title, "text": describe(protocol), "counts": counts, "rows": rows}
 
 
 def departures(protocol: Protocol, setting: Setting) -> tuple[str, ...]:
@@ -95,12 +103,14 @@ def departures(protocol: Protocol, setting: Setting) -> tuple[str, ...]:
             f"{protocol.name} is at {protocol.resolution} px, this is at {setting.size}: no number of the papers is "
             "comparable, so none is shown"
         )
-    if others := [name for name in setting.masks if name not in protocol.masks]:
+    if others := [name for name in _kinds(setting) if name not in protocol.masks]:
         found.append(f"{', '.join(others)}: no kind of hole of {protocol.name}")
-    counts = {one.count for one in protocol.data}
-    if setting.count and setting.count not in counts:
-        found.append(f"{setting.count} pictures were asked for, {protocol.name} has {max(counts)}")
     return tuple(found)
+
+
+def _kinds(setting: Setting) -> list[str]:
+    """Names of the kinds of holes, also of those that NAME=FOLDER gives."""
+    return [text.partition("=")[0] for text in setting.masks]
 
 
 def parse_results(texts: Sequence[str]) -> dict[str, Path]:
@@ -112,8 +122,11 @@ def parse_results(texts: Sequence[str]) -> dict[str, Path]:
         label = name if equals else path.resolve().name
         if not path.is_dir():
             raise UserError(f"--results {text!r}: {path} is no folder")
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", label):
-            raise UserError(f"--results {text!r}: NAME=FOLDER, with a name of letters, digits, '.', '_' and '-'")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
+            raise UserError(
+                f"--results {text!r}: NAME=FOLDER, with a name of letters, digits, '.', '_' and '-', the first one a "
+                "letter or digit"
+            )
         if label in found:
             raise UserError(f"--results: two folders are called {label!r}; write NAME=FOLDER")
         found[label] = path

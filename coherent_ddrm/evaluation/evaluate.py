@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import nn
 
 from coherent_ddrm.errors import UserError
 from coherent_ddrm.evaluation.asked import Evaluation
@@ -39,7 +40,9 @@ def evaluate(wanted: Evaluation) -> Path | None:
         device = state.device  # a GPU for each process
     gallery, makers = Gallery(wanted.output, wanted.setting), make_makers(wanted, device)
     methods = [makers.make(text) for text in wanted.methods]
-    labels = [method.label for method in methods] + list(wanted.results)
+    baselines = [makers.make(text) for text in wanted.baselines]
+    labels = [method.label for method in methods] + list(wanted.results) + [method.label for method in baselines]
+    methods += baselines
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise UserError(f"two methods are called {twice[0]!r}; results are told apart by name")
     if "segmentation_iou" in wanted.scores and makers.pipeline.structure is None:
@@ -75,10 +78,10 @@ def score(
 ) -> Path | None:
     """Score all results, shared out over processes; the first one writes the report."""
     device, (rank, world) = makers.device, ranks()
-    with state.main_process_first() if state else nullcontext():  # which may fetch weights
-        networks, notes = available(wanted.scores, wanted.weights, device, wanted.download)
+    networks, notes = find_networks(wanted, device, state)
     planner = makers.pipeline.structure if "segmentation_iou" in wanted.scores else None
-    scorer = Scorer(gallery, networks, wanted.scores, device, again, planner)
+    published_at = wanted.published["counts"] if wanted.published else ()
+    scorer = Scorer(gallery, networks, wanted.scores, device, again, planner, published_at)
     found = {kind: scorer.score(kind, labels, rank, world) for kind in gallery.kinds}
     if rank:
         return None
@@ -91,9 +94,28 @@ def score(
     if again is not None:
         partial = ", which is scored here itself" if again.label in labels else ""
         said.append(f"reinpaint_*: {again.label} inpainted again{partial}; its own fills are the easier for it")
+    if planner is not None:
+        said.append("segmentation_iou: the labels are those of stage one, which has planned the fills of coherent, too")
+    if published_at and len(gallery.keys) not in published_at:
+        counts = " or ".join(f"{count:,}" for count in dict.fromkeys(published_at))
+        said.append(
+            f"{len(gallery.keys):,} pictures, {wanted.published['name']} has {counts}: scores of sets (FID, P-IDS, "
+            "U-IDS) are not comparable with those of papers, the others only if these are a fair sample"
+        )
     facts = {"command": wanted.command, "checkpoint": makers.identity, "device": str(device)}
     facts |= {"precision": wanted.precision, "processes": world, "networks of the scores": scorer.identities or "none"}
     return write_report(gallery, rows, sets, labels[0], facts, list(dict.fromkeys(said)), wanted.published)
+
+
+def find_networks(
+    wanted: Evaluation, device: torch.device, state: PartialState | None
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """What `available` finds; of several processes the first one alone fetches."""
+    find = partial(available, wanted.scores, wanted.weights)
+    if state is None:
+        return find(device, wanted.download)
+    notes = first_does(state, lambda: find("cpu", wanted.download)[1])
+    return find(device, download=False)[0], notes
 
 
 def check_scores(wanted: Evaluation) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -31,7 +32,14 @@ from coherent_ddrm.own_pictures import list_pictures
 SMALLEST_HOLE = 0.001  # share of the pixels; drawn again below
 GREY = np.uint8(128)  # in the hole of what a method is given
 
-Read = Callable[[], np.ndarray]  # -> uint8 (R, R, 3)
+MASK_SUFFIXES = (".png", ".bmp", ".webp", ".gif")
+
+
+class Source(NamedTuple):
+    """A picture of the data."""
+
+    name: str  # its path in the data's folder without suffix; masks of one's own are named so
+    read: Callable[[], np.ndarray]  # -> uint8 (R, R, 3)
 
 
 class Gallery:
@@ -99,10 +107,10 @@ class Gallery:
         for key in self.keys[rank::world]:
             if all((self.folder / place / f"{key}.png").is_file() for place in places):
                 continue
-            picture = pictures[key]()
+            picture = pictures[key].read()
             write_image(self.folder / "truth" / f"{key}.png", picture)
             for kind, masks in self.kinds.items():
-                hole = self._make_hole(kind, masks, key, picture.shape[:2])
+                hole = self._make_hole(kind, masks, key, pictures[key].name, picture.shape[:2])
                 write_image(self.folder / "holes" / kind / f"{key}.png", np.uint8(255) * hole)
                 write_image(self.folder / "given" / kind / f"{key}.png", np.where(hole[..., None], GREY, picture))
 
@@ -117,21 +125,27 @@ class Gallery:
             raise UserError(f"{places[changed[0]]}: pictures there were changed since; evaluate into another folder")
         return found
 
-    def _make_hole(self, kind: str, masks: Path | None, key: str, shape: tuple[int, int]) -> np.ndarray:
+    def hashes(self) -> dict[str, str]:
+        """What `verify` found when these pictures and holes were made."""
+        return read_json(self.folder / "hashes.json")
+
+    def _make_hole(self, kind: str, masks: Path | None, key: str, name: str, shape: tuple[int, int]) -> np.ndarray:
         if masks is None:
             seed = (self.setting.seed, zlib.crc32(key.encode()))
             return make_hole(kind, *shape, seed=seed, area=(SMALLEST_HOLE, 1.0))
-        files = [file for file in masks.glob(f"{key}.*") if file.suffix.lower() in (".png", ".bmp", ".webp", ".gif")]
+        suffixes = [*MASK_SUFFIXES, *(suffix.upper() for suffix in MASK_SUFFIXES)]
+        files = [masks / f"{stem}{suffix}" for stem in dict.fromkeys((name, key)) for suffix in suffixes]
+        files = [file for file in files if file.is_file()]
         if len(files) != 1:
-            raise UserError(f"{masks}: {len(files)} masks named {key!r}; one is needed, as a lossless picture")
+            raise UserError(f"{masks}: {len(files)} masks named {name!r}; one is needed, as a lossless picture")
         hole = fit(read_hole(files[0]).astype(np.uint8), self.setting.size, labels=True) > 0
         if not hole.any():
             raise UserError(f"{files[0]}: hides nothing; white = missing")
         return hole
 
 
-def find_pictures(setting: Setting) -> dict[str, Read]:
-    """How to read each picture that is scored, by its key, in order. UserError if there are none."""
+def find_pictures(setting: Setting) -> dict[str, Source]:
+    """Each picture that is scored, by its key, in order. UserError if there are none, or two have one key."""
     root = Path(setting.data)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder of pictures or shards")
@@ -140,16 +154,27 @@ def find_pictures(setting: Setting) -> dict[str, Read]:
     names = list_pictures(root)
     if not names:
         raise UserError(f"{root}: no pictures and no shards in there")
-    found: dict[str, Read] = {}
-    for i in _spread(len(names), setting.count):
-        key = _key(str(Path(names[i]).with_suffix("")))
+    sources = [
+        Source(str(Path(name).with_suffix("")), lambda name=name: fit(read_image(root / name), setting.size))
+        for name in (names[i] for i in _spread(len(names), setting.count))
+    ]
+    return _by_key(root, sources)
+
+
+def _by_key(root: Path, sources: Sequence[Source]) -> dict[str, Source]:
+    found: dict[str, Source] = {}
+    for source in sources:
+        key = _key(source.name)
         if key in found:
-            raise UserError(f"{root}: two pictures are called {key!r}; results are told apart by name")
-        found[key] = lambda name=names[i]: fit(read_image(root / name), setting.size)
+            raise UserError(
+                f"{root}: {found[key].name!r} and {source.name!r} would both be called {key!r}; results are told "
+                "apart by name, rename one"
+            )
+        found[key] = source
     return found
 
 
-def _in_shards(root: Path, setting: Setting) -> dict[str, Read]:
+def _in_shards(root: Path, setting: Setting) -> dict[str, Source]:
     try:
         shards = ShardDataset(root)
     except DataError as error:
@@ -157,7 +182,8 @@ def _in_shards(root: Path, setting: Setting) -> dict[str, Read]:
     if shards.resolution != setting.size:
         raise UserError(f"{root}: pictures of {shards.resolution} px, {setting.size} are wanted; give the photographs")
     read = lambda i: shards.batch(np.array([i]))["image"][0]  # noqa: E731
-    return {_key(shards.key(i)): lambda i=i: read(i) for i in _spread(len(shards), setting.count)}
+    chosen = _spread(len(shards), setting.count)
+    return _by_key(root, [Source(_key(shards.key(i)), lambda i=i: read(i)) for i in chosen])
 
 
 def hash_of(files: Sequence[Path]) -> str:
@@ -186,5 +212,5 @@ def _kind(text: str) -> tuple[str, Path | None]:
 
 
 def _key(text: str) -> str:
-    """A name that is safe as that of a file."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip(".") or "_"
+    """A name that is safe as that of a file: letters and digits of any script, '.', '_' and '-'."""
+    return re.sub(r"[^\w.-]", "_", text).lstrip(".") or "_"

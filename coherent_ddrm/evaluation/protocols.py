@@ -11,7 +11,7 @@ MAT https://arxiv.org/abs/2203.15270, RePaint https://arxiv.org/abs/2201.09865. 
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from coherent_ddrm.errors import UserError
@@ -256,13 +256,28 @@ _PROTOCOLS = (
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in _PROTOCOLS}
 
 
-def find_protocol(name: str) -> Protocol:
-    """The protocol called `name`; UserError with the nearest name otherwise."""
+def find_protocol(text: str) -> Protocol:
+    """The protocol called so, or, by NAME:PICTURES, that on one of its sets of pictures (repaint-6masks:places2).
+
+    Raises:
+        UserError: there is none, with the nearest name, or it has no such set.
+    """
+    name, _, data = text.partition(":")
+    if name in PROTOCOLS and data:
+        return _on(PROTOCOLS[name], data)
     if name in PROTOCOLS:
         return PROTOCOLS[name]
     near = difflib.get_close_matches(name, PROTOCOLS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UserError(f"unknown protocol {name!r}.{hint} Known: {', '.join(PROTOCOLS)}")
+
+
+def _on(protocol: Protocol, data: str) -> Protocol:
+    chosen = tuple(one for one in protocol.data if one.name == data)
+    if not chosen:
+        names = ", ".join(one.name for one in protocol.data)
+        raise UserError(f"protocol {protocol.name} has no pictures {data!r}: choose one of {names}")
+    return replace(protocol, data=chosen, published=tuple(row for row in protocol.published if row.data == data))
 
 
 def published_table(protocol: Protocol, mask: str, data: str | None = None) -> dict[str, dict[str, Published]]:

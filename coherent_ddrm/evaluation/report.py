@@ -50,7 +50,7 @@ def write_report(
         reference: the method that the others are tested against.
         facts: what was run: command, networks, device.
         notes: what was left out or is to be read with care.
-        published: a protocol's title, text, and rows of what papers report.
+        published: a protocol's title, text, and rows of what papers report (asked.told).
     """
     results_of = [row for row in rows if row["method"] != TRUTH]
     summary = tables.summaries(rows)
@@ -83,6 +83,7 @@ def write_report(
         on_sets=on_sets,
         titles=titles,
         meanings={name: describe(name) for name in [*names, *on_sets]},
+        beside=tables.beside_papers(summary, published["rows"]) if published else [],
         best=best_values(summary, [*names, *on_sets]),
         masks=list(dict.fromkeys(row["mask"] for row in summary)),
         plots=draw_plots(folder / "plots", tables.pooled(results_of), bins, chosen, titles),

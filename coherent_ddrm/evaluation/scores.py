@@ -44,10 +44,13 @@ from coherent_ddrm.metrics import (
 from coherent_ddrm.models.structure import StructurePredictor, decode_structure, predict_plan
 from coherent_ddrm.operators import Inpainting
 
-BATCH = 32
+BATCH, PIXELS = 32, 2**21  # pictures, and pixels, scored together at most
+ROOM = 2**30  # bytes of truths that are kept from one method to the next
+EDITION = 2  # of the scores: another one is measured anew
+COSTS = ("nfe", "seconds", "memory")
 SLOW = ("foreground_iou", "segmentation_iou", "reinpaint_known", "reinpaint_invented")
 TRUTH = "the truth"  # the row with its own values of the scores that need no truth
-FACTS = ("method", "mask", "key", "candidate", "hole_hash", "hole_share", "area", "nfe", "seconds", "memory")
+FACTS = ("method", "mask", "key", "candidate", "hole_hash", "hole_share", "area", *COSTS)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Scorer:
         wanted: names of scores; those on pairs that need no network are always there, those of SLOW if they are named.
         again: the method that inpaints again, for reinpaint_known and reinpaint_invented.
         planner: stage one, which labels whole pictures, results and truths alike, for segmentation_iou.
+        published_at: numbers of pictures at which FID is given, however biased: those of a published protocol.
     """
 
     def __init__(
@@ -85,33 +89,38 @@ class Scorer:
         device: torch.device,
         again: Method | None = None,
         planner: StructurePredictor | None = None,
+        published_at: Sequence[int] = (),
     ):
         self.gallery, self.networks, self.wanted, self.device = gallery, networks, wanted, device
-        self.again, self.planner = again, planner
+        self.again, self.planner, self.published_at = again, planner, list(published_at)
         self.identities = {name: getattr(net, "identity", "") for name, net in sorted(networks.items())}
         self.extractors = {name: net for name, net in networks.items() if hasattr(net, "features")}
-        self.hashes = gallery.verify()
+        self.hashes = gallery.hashes()
+        self._truths: dict[tuple[str, ...], Truth] = {}  # by the keys of a batch, as many as there is room for
+        self._real: dict[str, Tensor] = {}  # features of all truths by network
 
     def score(self, kind: str, labels: Sequence[str], rank: int = 0, world: int = 1) -> dict[str, Scores]:
-        """By label, TRUTH first; all processes call it, which share the pictures, and the first gets the answer.
+        """By label, TRUTH first. All processes call it, which share the pictures; the first one gets the answer.
 
-        Every truth is read and looked at once for all methods. UserError while results are missing.
+        Kept after every label, so that a stop loses one at most. UserError while results are missing.
         """
         noted = {label: self._records(label, kind) for label in labels}
-        found = {label: self._kept(label, kind) for label in labels}
-        missing = [label for label in labels if found[label] is None]
-        mine = self._measure(kind, missing, self.gallery.keys[rank::world], noted)
-        parts = [mine] if world == 1 else gather_object([mine])
-        if rank:
-            return {}
-        real = _merged([part[TRUTH] for part in parts])
+        stamps = {label: self._stamp(label, kind) for label in labels}
+        found = {label: self._kept(label, kind, stamps[label]) for label in labels}
+        missing, mine = [label for label in labels if found[label] is None], self.gallery.keys[rank::world]
+        truths = _shared(self._measure(TRUTH, kind, mine, {}, bool(missing) and not self._real), world)
+        self._real = self._real or truths.features
         for label in missing:
-            whole = _merged([part[label] for part in parts])
-            sets, notes = score_sets(self.wanted, real.features, whole.features) if self.extractors else ({}, [])
+            whole = _shared(self._measure(label, kind, mine, noted[label]), world)
+            if rank:
+                continue
+            sets, notes = {}, []
+            if self.extractors:
+                sets, notes = score_sets(self.wanted, self._real, whole.features, self.published_at)
             found[label] = Scores([row for rows in whole.rows for row in rows], sets, notes)
-            kept = {"stamp": self._stamp(label, kind)} | asdict(found[label])
+            kept = {"stamp": stamps[label]} | asdict(found[label])
             write_atomic(self._file(label, kind), json.dumps(kept).encode())
-        return {TRUTH: Scores([row for rows in real.rows for row in rows], {}, [])} | found
+        return {} if rank else {TRUTH: Scores([row for rows in truths.rows for row in rows], {}, [])} | found
 
     # -- what was measured before --------------------------------------------------------------------------------------
 
@@ -121,9 +130,9 @@ class Scorer:
             raise UserError(f"{label}, {kind}: {len(missing)} results are missing, the first of {missing[0]!r}")
         return noted
 
-    def _kept(self, label: str, kind: str) -> Scores | None:
+    def _kept(self, label: str, kind: str, stamp: dict[str, Any]) -> Scores | None:
         file = self._file(label, kind)
-        if not file.is_file() or (found := read_json(file)).pop("stamp", None) != self._stamp(label, kind):
+        if not file.is_file() or (found := read_json(file)).pop("stamp", None) != stamp:
             return None
         return Scores(**found)
 
@@ -138,63 +147,57 @@ class Scorer:
                 digest.update(self.gallery.result(label, kind, key, k).read_bytes())
         slow = sorted(name for name in SLOW if name in self.wanted)
         again = self.again.facts if self.again and any(name.startswith("reinpaint") for name in slow) else None
-        stamp = {"version": __version__, "results": digest.hexdigest(), "truth": self.hashes["truth"]}
+        stamp = {"version": [__version__, EDITION], "results": digest.hexdigest(), "truth": self.hashes["truth"]}
         stamp |= {"holes": self.hashes[kind], "networks": self.identities, "slow": slow, "again": again}
         stamp["sets"] = sorted(name for name in self.wanted if network_of(name) in self.extractors)
+        stamp["published_at"] = self.published_at
         return json.loads(json.dumps(stamp))
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
     def _measure(
-        self, kind: str, labels: Sequence[str], keys: Sequence[str], noted: Mapping[str, Mapping[str, dict]]
-    ) -> dict[str, Part]:
-        """Every label's results of these pictures, and the truth's own values."""
-        nothing = {key: dict.fromkeys(("nfe", "seconds", "memory")) for key in keys}
-        noted = {TRUTH: nothing} | {label: noted[label] for label in labels}
-        rows: dict[str, list] = {label: [] for label in noted}
-        features: dict[str, dict[str, list[Tensor]]] = {label: {net: [] for net in self.extractors} for label in noted}
-        for first in range(0, len(keys), BATCH):
-            batch = keys[first : first + BATCH]
-            truth, hole = Truth(self._truth(batch), self.networks), self._holes(kind, batch)
-            seen = self._labels(truth.pictures) if "segmentation_iou" in self.wanted and labels else None
-            for label in noted:
-                if label == TRUTH:
-                    candidates, scores = [truth.pictures], [by_itself(truth.pictures, hole)]
-                else:
-                    candidates, scores = self._results(label, kind, batch, truth, hole, seen)
-                rows[label] += self._rows(label, kind, batch, hole, scores, noted[label])
-                for name, net in self.extractors.items() if labels else ():
-                    features[label][name].append(net.features(candidates[0]).float().cpu())
-        whole = {label: {net: torch.cat(parts) for net, parts in of.items() if parts} for label, of in features.items()}
-        return {label: Part(rows[label], whole[label]) for label in noted}
+        self, label: str, kind: str, keys: Sequence[str], noted: Mapping[str, dict], featured: bool = True
+    ) -> Part:
+        """A method's results of these pictures; of TRUTH its own values."""
+        rows: list[list[dict[str, Any]]] = []
+        features: dict[str, list[Tensor]] = {name: [] for name in self.extractors if featured}
+        size = min(BATCH, max(1, PIXELS // self.gallery.setting.size**2))
+        for first in range(0, len(keys), size):
+            batch = keys[first : first + size]
+            truth, hole = self._truth(batch), self._holes(kind, batch)
+            if label == TRUTH:
+                candidates, scores = [truth.pictures], [by_itself(truth.pictures, hole)]
+            else:
+                candidates, scores = self._results(label, kind, batch, truth, hole)
+            rows += self._rows(label, kind, batch, hole, scores, noted)
+            for name, parts in features.items():
+                parts.append(self.extractors[name].features(candidates[0]).float().cpu())
+        return Part(rows, {name: torch.cat(parts) for name, parts in features.items() if parts})
 
     def _results(
-        self, label: str, kind: str, keys: Sequence[str], truth: Truth, hole: Tensor, seen: Tensor | None
+        self, label: str, kind: str, keys: Sequence[str], truth: Truth, hole: Tensor
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """A method's candidates with their known pixels given back, uint8 (B, 3, R, R) each, and their scores.
-
-        seen: the labels that stage one sees in the truth, for segmentation_iou.
-        """
+        """A method's candidates with their known pixels given back, uint8 (B, 3, R, R) each, and their scores."""
         count = self.gallery.setting.candidates
         files = [[self.gallery.result(label, kind, key, k) for key in keys] for k in range(count)]
-        raw = [self._stack([read_image(file) for file in of]) for of in files]
+        raw = [self._read(of) for of in files]
         candidates = [torch.where(hole, result, truth.pictures) for result in raw]
         spread = {"diversity": diversity(torch.stack(candidates), hole)} if count > 1 else {}
         scores = []
         for before, result in zip(raw, candidates, strict=True):
-            found = truth.score(result, hole) | spread | self._slow(result, truth, hole, seen)
+            found = truth.score(result, hole) | spread | self._slow(result, truth, hole)
             found["changed"] = changed(before, truth.pictures, hole)
             found["measurement_error"] = _error(before, truth.pictures, hole)
             scores.append(found)
         return candidates, scores
 
-    def _slow(self, result: Tensor, truth: Truth, hole: Tensor, seen: Tensor | None) -> dict[str, Tensor]:
+    def _slow(self, result: Tensor, truth: Truth, hole: Tensor) -> dict[str, Tensor]:
         scores = {}
         if "foreground_iou" in self.wanted:
             scores["foreground_iou"] = foreground_iou(foregrounds(result)[0], *truth.foregrounds, hole)
         if "segmentation_iou" in self.wanted:
-            labels = self.planner.config.num_labels
-            scores["segmentation_iou"] = segmentation_iou(self._labels(result), seen, labels, hole)
+            labels = [self._labels(pictures) for pictures in (result, truth.pictures)]
+            scores["segmentation_iou"] = segmentation_iou(*labels, self.planner.config.num_labels, hole)
         for name, measure in (("reinpaint_known", reinpaint_known), ("reinpaint_invented", reinpaint_invented)):
             if name in self.wanted:
                 scores[name] = measure(result, hole, self._inpaint)
@@ -226,10 +229,10 @@ class Scorer:
         values = [{name: value.double().cpu().tolist() for name, value in of.items()} for of in scores]
         rows = []
         for i, (key, of) in enumerate(zip(keys, hole.cpu(), strict=True)):
-            share = float(of.float().mean())
+            share = int(of.sum()) / of.numel()
             digest = hashlib.sha256(of.numpy().astype(np.uint8).tobytes()).hexdigest()[:16]
             facts = {"method": label, "mask": kind, "key": key, "hole_hash": digest, "hole_share": share}
-            facts |= {"area": area_bin(share)} | {name: noted[key][name] for name in ("nfe", "seconds", "memory")}
+            facts |= {"area": area_bin(share)} | {name: noted.get(key, {}).get(name) for name in COSTS}
             rows.append(
                 [
                     facts | {"candidate": k} | {name: _finite(value[i]) for name, value in of.items()}
@@ -238,14 +241,29 @@ class Scorer:
             )
         return rows
 
-    def _truth(self, keys: Sequence[str]) -> Tensor:
-        return self._stack([self.gallery.truth(key) for key in keys])
+    def _truth(self, keys: Sequence[str]) -> Truth:
+        found = self._truths.get(tuple(keys))
+        if found is None:
+            found = Truth(self._read([self.gallery.folder / "truth" / f"{key}.png" for key in keys]), self.networks)
+            if sum(kept.nbytes for kept in self._truths.values()) < ROOM:
+                self._truths[tuple(keys)] = found
+        return found
 
     def _holes(self, kind: str, keys: Sequence[str]) -> Tensor:
         return torch.from_numpy(np.stack([self.gallery.hole(kind, key) for key in keys]))[:, None].to(self.device)
 
-    def _stack(self, pictures: Sequence[np.ndarray]) -> Tensor:
+    def _read(self, files: Sequence[Path]) -> Tensor:
+        """uint8 (B, 3, R, R)"""
+        pictures, side = [read_image(file) for file in files], self.gallery.setting.size
+        for file, picture in zip(files, pictures, strict=True):
+            if picture.shape[:2] != (side, side):
+                raise UserError(f"{file}: {picture.shape[1]} x {picture.shape[0]}, not {side} px; remove it")
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous().to(self.device)
+
+
+def _shared(part: Part, world: int) -> Part:
+    """All processes' parts as one, on each of them."""
+    return part if world == 1 else _merged(gather_object([part]))
 
 
 def _merged(parts: Sequence[Part]) -> Part:

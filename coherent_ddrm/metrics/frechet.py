@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coherent_ddrm.errors import UserError
 
-FEWEST = 100  # vectors of each set, below which no straight line in 1 / N is to be seen
+FEWEST, PER_DIMENSION = 100, 8  # vectors of each set, below which no straight line in 1 / N is to be seen
 
 
 def fid(real: Tensor, fake: Tensor) -> float:
@@ -39,19 +39,26 @@ class Extrapolated(NamedTuple):
     fitted: tuple[int, int]
 
 
-def fid_infinity(real: Tensor, fake: Tensor, points: int = 8, repeats: int = 8, seed: int = 0) -> Extrapolated:
+def fid_infinity(
+    real: Tensor, fake: Tensor, points: int = 8, repeats: int = 8, seed: int = 0, paired: bool = False
+) -> Extrapolated:
     """FID extrapolated to 1 / N = 0 over subsets of both sets alike, N from a quarter of the smaller set to all of it.
 
     The sizes are even in 1 / N; each of `repeats` lines has its own subsets. It may come out below 0 for two sets of
     one distribution. The paper shrinks the generated set alone, beside 50,000 real pictures; here both are small, and
-    the bias of both goes.
+    the bias of both goes. 8 vectors per dimension are needed: with fewer the bias is no straight line in 1 / N, and
+    hundreds may be left of it.
+
+    paired: row i of `fake` was made of row i of `real`; subsets then take both, so that all N are alike in that.
     """
-    _check(real, fake, FEWEST)
+    _check(real, fake, max(FEWEST, PER_DIMENSION * real.shape[1]))
+    if paired and len(real) != len(fake):
+        raise ValueError(f"{len(real)} and {len(fake)} vectors are no pairs")
     generator = torch.Generator().manual_seed(seed)
     most = min(len(real), len(fake))
     sizes = [round(1 / x) for x in torch.linspace(1 / most, 4 / most, points, dtype=torch.float64).tolist()]
     values = torch.tensor(
-        [[fid(_subset(real, n, generator), _subset(fake, n, generator)) for n in sizes] for _ in range(repeats)],
+        [[fid(*_subsets(real, fake, n, generator, paired)) for n in sizes] for _ in range(repeats)],
         dtype=torch.float64,
     )  # (repeats, points)
     inverse = 1 / torch.tensor(sizes, dtype=torch.float64)
@@ -66,9 +73,10 @@ def _factor(features: Tensor) -> Tensor:
     return torch.linalg.qr(centred, mode="r").R
 
 
-def _subset(features: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    chosen = torch.randperm(len(features), generator=generator)[:size]
-    return features[chosen.to(features.device)]
+def _subsets(real: Tensor, fake: Tensor, size: int, generator: torch.Generator, paired: bool) -> tuple[Tensor, Tensor]:
+    chosen = [torch.randperm(len(real), generator=generator)[:size]]
+    chosen.append(chosen[0] if paired else torch.randperm(len(fake), generator=generator)[:size])
+    return real[chosen[0].to(real.device)], fake[chosen[1].to(fake.device)]
 
 
 def _check(real: Tensor, fake: Tensor, fewest: int) -> None:

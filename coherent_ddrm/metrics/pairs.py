@@ -43,6 +43,13 @@ class Truth:
         """What each network sees in them."""
         return {name: net.layers(self.pictures) for name, net in self.networks.items()}
 
+    @property
+    def nbytes(self) -> int:
+        """Of what was found by now."""
+        layers = [layer for of in vars(self).get("layers", {}).values() for layer in of]
+        found = [self.pictures, *layers, *vars(self).get("foregrounds", ())]
+        return sum(tensor.nbytes for tensor in (*found, vars(self).get("edges", self.pictures[:0])))
+
     @torch.no_grad()
     def score(self, result: Tensor, hole: Tensor) -> dict[str, Tensor]:
         """Scores by name, (B,) float each, of composited 8-bit pictures; nan where one has no meaning (an empty hole).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from torch import Tensor
 
@@ -16,12 +16,14 @@ FEWEST = 1000  # pictures of an FID
 
 
 def score_sets(
-    wanted: Iterable[str], real: Mapping[str, Tensor], fake: Mapping[str, Tensor]
+    wanted: Iterable[str], real: Mapping[str, Tensor], fake: Mapping[str, Tensor], published_at: Container[int] = ()
 ) -> tuple[dict[str, float], list[str]]:
     """The wanted scores, such as fid-clothing, and a line for each left out or to be read with care.
 
     real, fake: features (N, d) by network, row i of one belonging to row i of the other. Scores without features are
     passed over: `available` has said why. kid and fid_infinity come with their spread, as kid_spread-clothing.
+
+    published_at: numbers of pictures at which papers report FID; at these it is given, however biased it is.
     """
     scores, notes = {}, []
     discriminative: dict[str, Discriminative] = {}
@@ -32,11 +34,12 @@ def score_sets(
         ours = real[network], fake[network]
         try:
             if base == "fid":
-                _refuse_few(*ours)
+                if len(ours[0]) not in published_at:
+                    _refuse_few(*ours)
                 scores[name] = fid(*ours)
                 notes += _bias(name, *ours)
             elif base in ("kid", "fid_infinity"):
-                value, spread, _ = (kid if base == "kid" else fid_infinity)(*ours)
+                value, spread, _ = (kid if base == "kid" else fid_infinity)(*ours, paired=True)
                 scores[name], scores[name.replace(base, base + "_spread", 1)] = value, spread
             else:
                 if network not in discriminative:
@@ -53,8 +56,7 @@ def _refuse_few(real: Tensor, fake: Tensor) -> None:
     fewest = max(FEWEST, dimensions + 1)
     if count < fewest:
         raise UserError(
-            f"{count} pictures at {dimensions} features: FID is then mostly bias, {fewest} or more are needed; use "
-            "fid_infinity or kid"
+            f"{count} pictures at {dimensions} features: FID is then mostly bias, {fewest} or more are needed; use kid"
         )
 
 

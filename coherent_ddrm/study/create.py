@@ -6,9 +6,7 @@ profiles, compression) tells a rater which method it is from.
 
 from __future__ import annotations
 
-import os
 import secrets
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from coherent_ddrm.errors import UserError
 from coherent_ddrm.export import write_atomic
 from coherent_ddrm.images import encode, read_hole, read_image, read_size
 from coherent_ddrm.jobs import SUFFIXES
+from coherent_ddrm.study.new_folder import new_folder
 from coherent_ddrm.study.questions import FILE, PICTURES, Catch, Picture, Study
 
 PROMPT = "Which of the two fills the hole better?"
@@ -47,8 +46,6 @@ def create(
     prompt: str = PROMPT,
 ) -> Study:
     """Write a study to `folder`, which must not exist yet or be empty. UserError or ImageError for what cannot be."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty; answers belong to one study, name a new folder")
     matched = match(sources)
     methods = list(sources.results)
     most = len(matched) * len(methods) * (len(methods) - 1) // 2
@@ -56,27 +53,23 @@ def create(
         raise UserError(f"--questions {questions}: these pictures and methods give only {most} comparisons")
     shares = {files.name: _hole_share(files) for files in matched}
     widest = sorted(shares, key=lambda name: -shares[name])[: max(1, len(shares) // 2)]  # where a broken hole shows
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    try:
-        (temporary / PICTURES).mkdir(parents=True)
+    with new_folder(folder) as temporary:
+        (temporary / PICTURES).mkdir()
         pictures = [_write(files, temporary / PICTURES, bool(catches) and files.name in widest) for files in matched]
-        study = Study(
-            id=_new_id(),
-            title=title,
-            prompt=prompt,
-            seed=seed,
-            questions=questions,
-            catches=catches,
-            methods=methods,
-            pictures=pictures,
-        )
+        try:
+            study = Study(
+                id=_new_id(),
+                title=title,
+                prompt=prompt,
+                seed=seed,
+                questions=questions,
+                catches=catches,
+                methods=methods,
+                pictures=pictures,
+            )
+        except ValidationError as error:
+            raise UserError(f"{folder}: {error.errors()[0]['msg']}") from error
         write_atomic(temporary / FILE, study.model_dump_json(indent=1).encode() + b"\n")
-        os.replace(temporary, folder)
-    except ValidationError as error:
-        raise UserError(f"{folder}: {error.errors()[0]['msg']}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return study
 
 

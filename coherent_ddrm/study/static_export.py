@@ -6,11 +6,10 @@ Neither the names of the methods nor which questions are catch trials is in it.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
-from coherent_ddrm.errors import UserError
+from coherent_ddrm.study.new_folder import new_folder
 from coherent_ddrm.study.page import ASSETS, asset, render
 from coherent_ddrm.study.questions import PICTURES, load, sheet
 
@@ -20,20 +19,13 @@ INDEX = "index.html"
 def export(folder: Path, out: Path, sheets: int = 100) -> int:
     """Write the page to `out`, new or empty; returns how many pictures it shows. UserError otherwise."""
     study = load(folder)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty; name a new folder")
     lists = [[question.public() for question in sheet(study, rater)] for rater in range(sheets)]
     shown = sorted({name for questions in lists for question in questions for name in question.values()})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    try:
-        (temporary / PICTURES).mkdir(parents=True)
+    with new_folder(out) as temporary:
+        (temporary / PICTURES).mkdir()
         for name in shown:
             shutil.copyfile(folder / PICTURES / f"{name}.png", temporary / PICTURES / f"{name}.png")
         for name in ASSETS:
             (temporary / name).write_bytes(asset(name))
         (temporary / INDEX).write_bytes(render(study, mode="file", sheets=lists))
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return len(shown)
