@@ -75,8 +75,8 @@ def test_fid_infinity_takes_the_bias_out():
     assert fid_infinity(real, shifted).value == pytest.approx(16, abs=1.5)
     assert fid(real, shifted) > 18
     assert fid_infinity(real, fake) == fid_infinity(real, fake)
-    with pytest.raises(UserError, match="511 and 600 pictures: this distance needs 512"):
-        fid_infinity(real[:511], fake)  # 8 of each of 64 dimensions
+    with pytest.raises(UserError, match="127 and 600 pictures: this distance needs 128"):
+        fid_infinity(real[:127], fake)  # 2 of each of 64 dimensions
     assert fid_infinity(real, real, paired=True).value == pytest.approx(0, abs=1e-9)
     assert fid_infinity(real, real).value < -0.1
 
@@ -159,6 +159,8 @@ def test_score_sets_leaves_out_what_would_mislead():
     assert len(notes) == 2 and "left out: fid-clothing: 300 pictures" in notes[0] and "left out: p_ids-" in notes[1]
     scores, notes = score_sets(["fid-clothing"], real, fake)
     assert scores == {"fid-clothing": fid(real["clothing"], fake["clothing"])} and not notes
+    narrow = {"narrow": normal(300, 60, 0)}
+    assert "some of the bias may be left" in score_sets(["fid_infinity-narrow"], narrow, narrow)[1][0]
     wide = normal(1100, 1100, 2)
     assert score_sets(["fid-wide"], {"wide": wide}, {"wide": wide}, published_at=[1100])[0]["fid-wide"] < 1e-9
     assert "1101 or more" in score_sets(["fid-wide"], {"wide": wide}, {"wide": wide})[1][0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coherent_ddrm.errors import UserError
 
-FEWEST, PER_DIMENSION = 100, 8  # vectors of each set, below which no straight line in 1 / N is to be seen
+FEWEST, PER_DIMENSION = 100, 2  # vectors of each set, below which no straight line in 1 / N is to be seen
 
 
 def fid(real: Tensor, fake: Tensor) -> float:
@@ -46,8 +46,8 @@ def fid_infinity(
 
     The sizes are even in 1 / N; each of `repeats` lines has its own subsets. It may come out below 0 for two sets of
     one distribution. The paper shrinks the generated set alone, beside 50,000 real pictures; here both are small, and
-    the bias of both goes. 8 vectors per dimension are needed: with fewer the bias is no straight line in 1 / N, and
-    hundreds may be left of it.
+    the bias of both goes. 2 vectors per dimension are needed: with fewer the bias is no straight line in 1 / N, and
+    much of it may be left.
 
     paired: row i of `fake` was made of row i of `real`; subsets then take both, so that all N are alike in that.
     """

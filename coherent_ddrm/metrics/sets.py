@@ -41,6 +41,7 @@ def score_sets(
             elif base in ("kid", "fid_infinity"):
                 value, spread, _ = (kid if base == "kid" else fid_infinity)(*ours, paired=True)
                 scores[name], scores[name.replace(base, base + "_spread", 1)] = value, spread
+                notes += _rest(name, *ours) if base == "fid_infinity" else []
             else:
                 if network not in discriminative:
                     discriminative[network] = discriminative_scores(*ours)
@@ -58,6 +59,13 @@ def _refuse_few(real: Tensor, fake: Tensor) -> None:
         raise UserError(
             f"{count} pictures at {dimensions} features: FID is then mostly bias, {fewest} or more are needed; use kid"
         )
+
+
+def _rest(name: str, real: Tensor, fake: Tensor) -> list[str]:
+    count, dimensions = min(len(real), len(fake)), real.shape[1]
+    if count >= 8 * dimensions:
+        return []
+    return [f"{name}: {count} pictures at {dimensions} features: some of the bias may be left in it"]
 
 
 def _bias(name: str, real: Tensor, fake: Tensor) -> list[str]:
