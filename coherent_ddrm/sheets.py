@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-GAP, TITLE, LABEL = 4, 18, 90
+GAP, TITLE, LABEL = 4, 18, (90, 240)  # pixels; least and most of a label
 
 
 def contact_sheet(
@@ -18,9 +18,11 @@ def contact_sheet(
 
     `titles` stand above the columns, `labels` beside the rows.
     """
-    columns, left = max(len(row) for row in rows), LABEL if labels else 0
+    font = ImageFont.load_default(size=12)
+    widest = max((round(font.getlength(label)) + 2 * GAP for label in labels), default=0)
+    columns, left = max(len(row) for row in rows), min(max(widest, LABEL[0]), LABEL[1]) if labels else 0
     sheet = Image.new("RGB", (left + columns * (cell + GAP) + GAP, TITLE + len(rows) * (cell + GAP) + GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    draw = ImageDraw.Draw(sheet)
     for j, title in enumerate(titles):
         draw.text((left + GAP + j * (cell + GAP), 2), title, fill="black", font=font)
     for i, label in enumerate(labels):

@@ -143,8 +143,8 @@ def draw_sheets(gallery: Gallery, rows: Sequence[Row], by: str) -> list[dict[str
         lines = [[gallery.given(kind, key) for key in keys]]
         lines += [[read_image(gallery.result(method, kind, key)) for key in keys] for method in methods]
         lines.append([gallery.truth(key) for key in keys])
-        labels = ["given", *(name[:14] for name in methods), "truth"]
-        made.append({"title": f"{kind}: every method on the same pictures", "uri": _png(lines, [], labels)})
+        labels = ["given", *methods, "truth"]
+        made.append({"title": f"{kind}: every method on the same pictures", "uri": _sheet(lines, [], labels)})
     for method in methods:
         own = [row for row in rows if row["method"] == method and row["candidate"] == 0 and row.get(by) is not None]
         sign = -1 if describe(by).better == "higher" else 1
@@ -152,8 +152,8 @@ def draw_sheets(gallery: Gallery, rows: Sequence[Row], by: str) -> list[dict[str
         middle = max(0, (len(order) - EACH) // 2)
         groups = [("best", order[:EACH]), ("median", order[middle : middle + EACH]), ("worst", order[-EACH:])]
         lines = [[part for row in group for part in _triple(gallery, row)] for _, group in groups]
-        titles, labels = ["given", method[:13], "truth"] * EACH, [name for name, _ in groups]
-        made.append({"title": method, "uri": _png(lines, titles, labels)})
+        titles, labels = ["given", "result", "truth"] * EACH, [name for name, _ in groups]
+        made.append({"title": method, "uri": _sheet(lines, titles, labels)})
     return made
 
 
@@ -177,10 +177,14 @@ def _triple(gallery: Gallery, row: Row) -> list[np.ndarray]:
     return [gallery.given(row["mask"], row["key"]), read_image(result), gallery.truth(row["key"])]
 
 
-def _png(lines: Sequence[Sequence[np.ndarray]], titles: Sequence[str], labels: Sequence[str]) -> str:
-    stream, cell = io.BytesIO(), min(CELL, lines[0][0].shape[0])
-    Image.fromarray(contact_sheet(lines, titles, cell, labels)).save(stream, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+def _sheet(lines: Sequence[Sequence[np.ndarray]], titles: Sequence[str], labels: Sequence[str]) -> str:
+    """A contact sheet as a data: URI, without loss: as PNG or WebP, whichever is smaller."""
+    sheet = Image.fromarray(contact_sheet(lines, titles, min(CELL, lines[0][0].shape[0]), labels))
+    png, webp = io.BytesIO(), io.BytesIO()
+    sheet.save(png, format="PNG", optimize=True)
+    sheet.save(webp, format="WEBP", lossless=True)
+    kind, stream = ("png", png) if png.tell() <= webp.tell() else ("webp", webp)
+    return f"data:image/{kind};base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def _mean_of(row: Row, name: str) -> float | None:

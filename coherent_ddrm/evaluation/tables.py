@@ -45,7 +45,8 @@ def bins(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for (method, area), group in _groups(rows, "method", "area"):
         scores = {name: _mean([row.get(name) for row in group]) for name in metric_names(group)}
         found.append(dict(method=method, area=area, results=len(group), scores=scores))
-    return sorted(found, key=lambda row: (row["method"], AREA_BINS.index(row["area"])))
+    order = list(dict.fromkeys(row["method"] for row in found))  # and so each method's colour in all plots
+    return sorted(found, key=lambda row: (order.index(row["method"]), AREA_BINS.index(row["area"])))
 
 
 def differences(rows: Sequence[Row], reference: str, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -121,7 +122,7 @@ def _cell(value: Mapping[str, float] | float | None) -> str:
     if value is None:
         return ""
     if not isinstance(value, Mapping):
-        return f"{value:.4g}"
+        return f"{value:.{2 if abs(value) >= 5 else 4}f}"
     if not value["count"]:
         return ""
     half = (value["high"] - value["low"]) / 2
