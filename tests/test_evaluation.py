@@ -258,11 +258,12 @@ def test_processes_share_the_scoring_and_change_nothing(root, tmp_path, monkeypa
     networks, _ = available(WITH_NETWORK, download=False)
     scorer = Scorer(gallery, networks, WITH_NETWORK, torch.device("cpu"))
     sent = []
-    monkeypatch.setattr(scoring, "gather_object", lambda mine: sent.extend(mine) or mine)
+    kept = lambda mine: [part for part in mine if isinstance(part, scoring.Part)]  # noqa: E731
+    monkeypatch.setattr(scoring, "gather_object", lambda mine: sent.extend(kept(mine)) or mine)
     assert Scorer(gallery, networks, WITH_NETWORK, torch.device("cpu")).score("half", ["noise"], 1, 2) == {}
     assert [len(part.rows) for part in sent] == [2, 2]
     parts = iter(sent)  # of the second process: the truth, then the method
-    monkeypatch.setattr(scoring, "gather_object", lambda mine: [*mine, next(parts)])
+    monkeypatch.setattr(scoring, "gather_object", lambda mine: [*mine, next(parts)] if kept(mine) else mine)
     shared = scorer.score("half", ["noise"], 0, 2)
     (gallery.folder / "results" / "noise" / "half" / "scores.json").unlink()
     alone = scorer.score("half", ["noise"])
@@ -275,6 +276,45 @@ def test_processes_share_the_scoring_and_change_nothing(root, tmp_path, monkeypa
             assert {k: v for k, v in one.items() if k not in numbers[0]}.items() <= two.items()
     assert alone["noise"].sets == pytest.approx(shared["noise"].sets, rel=1e-3, abs=1e-6) != {}
     assert scorer.score("half", ["noise"])["noise"] == alone["noise"]  # read back
+
+
+def test_truths_are_kept_while_there_is_room(root, tmp_path, monkeypatch):
+    gallery = made(tmp_path / "room", setting(root))
+    carry_out(gallery, noisy([]), 6, quiet=True)
+    networks, _ = available(["pd-clothing"], download=False)
+    monkeypatch.setattr(scoring, "BATCH", 2)
+    rows, size = [], 2**30
+    for room, kept in ((1.0, 3), (1.5, 1), (0.0, 0)):  # times what one batch of truths takes, in the end
+        room *= size
+        monkeypatch.setattr(scoring, "ROOM", room)
+        scorer = Scorer(gallery, networks, ["pd-clothing"], torch.device("cpu"))
+        rows.append(scorer.score("half", ["noise"])["noise"].rows)
+        sizes = [truth.nbytes for truth in scorer._truths.values()]
+        assert len(sizes) == kept and sum(sizes) <= room
+        size = min(size, *sizes, size)
+        (gallery.folder / "results" / "noise" / "half" / "scores.json").unlink()
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_labels_of_another_stage_one_are_seen_anew(root, tmp_path):
+    gallery = made(tmp_path / "stage one", setting(root))
+    carry_out(gallery, noisy([]), 6, quiet=True)
+    other = make_pipeline()
+    for weight in other.structure.parameters():
+        weight.data.neg_()
+    other.save_pretrained(root / "other")
+    makers = [Makers(str(root / name), device()) for name in ("base", "other")]
+    planned = [(maker.pipeline.structure, maker.identity) for maker in makers]
+    found = [Scorer(gallery, {}, ["segmentation_iou"], device(), None, *of).score("half", ["noise"]) for of in planned]
+    values = [[row["segmentation_iou"] for row in of["noise"].rows] for of in found]
+    assert values[0] != values[1]
+
+
+def test_parts_of_other_networks_are_not_merged():
+    part = scoring.Part([[{}]], {"clothing": torch.zeros(1, 4)})
+    with pytest.raises(RuntimeError, match="other networks"):
+        scoring._merged([part, scoring.Part([[{}]], {})])
+    assert scoring._merged([part, scoring.Part([], {})]).features["clothing"].shape == (1, 4)
 
 
 # -- the whole way -----------------------------------------------------------------------------------------------------
@@ -386,6 +426,11 @@ def test_baselines_are_always_there(root):
     results = json.loads((root / "baselines" / "results.json").read_text())
     assert [row["method"] for row in results["summary"]] == ["the truth", "truth", "telea", "navier-stokes"]
     assert {row["against"] for row in results["differences"]} == {"truth"}
+    more[more.index("--results") + 1] = f"telea={root / 'report' / 'truth'}"
+    more[more.index("-o") + 1] = str(root / "own telea")
+    assert main(more) == 0
+    results = json.loads((root / "own telea" / "results.json").read_text())
+    assert [row["method"] for row in results["summary"]] == ["the truth", "telea", "navier-stokes"]
 
 
 def test_two_processes_by_torchrun(root):

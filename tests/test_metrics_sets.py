@@ -162,7 +162,9 @@ def test_score_sets_leaves_out_what_would_mislead():
     narrow = {"narrow": normal(300, 60, 0)}
     assert "some of the bias may be left" in score_sets(["fid_infinity-narrow"], narrow, narrow)[1][0]
     wide = normal(1100, 1100, 2)
-    assert score_sets(["fid-wide"], {"wide": wide}, {"wide": wide}, published_at=[1100])[0]["fid-wide"] < 1e-9
+    both = {"wide": wide, "inception": wide}
+    scores, notes = score_sets(["fid", "fid-wide"], both, both, published_at=[1100])
+    assert list(scores) == ["fid"] and scores["fid"] < 1e-9 and "comparable at this count alone" in notes[0]
     assert "1101 or more" in score_sets(["fid-wide"], {"wide": wide}, {"wide": wide})[1][0]
     wide = wide[:, :120]
     scores, notes = score_sets(["fid-wide"], {"wide": wide}, {"wide": wide})

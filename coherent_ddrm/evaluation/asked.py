@@ -66,13 +66,15 @@ def understand(args: Namespace) -> Evaluation:
     if size < SMALLEST_ALEX and any(name.startswith("lpips_alex") for name in scores):
         scores = tuple(name for name in scores if not name.startswith("lpips_alex"))
         small = (f"left out: lpips_alex: its network takes pictures from {SMALLEST_ALEX} px, these have {size}",)
+    results = parse_results(args.results)
+    baselines = () if args.no_baselines else tuple(name for name in BASELINES if name not in (*methods, *results))
     return Evaluation(
         setting,
         methods,
-        parse_results(args.results),
+        results,
         checkpoint,
         Path(args.output),
-        () if args.no_baselines else tuple(name for name in BASELINES if name not in methods),
+        baselines,
         scores,
         None if args.weights is None else Path(args.weights),
         args.steps,
@@ -91,7 +93,7 @@ def told(protocol: Protocol, setting: Setting) -> dict[str, Any]:
     """What a report says of a protocol: its title, how it scores, and, at its own size, what papers report."""
     rows = [asdict(row) for row in protocol.published if row.mask in _kinds(setting)]
     rows = rows if setting.size == protocol.resolution else []
-    counts = [data.count for data in protocol.data]
+    counts = {data.name: data.count for data in protocol.data}
     return {"name": protocol.name, "title": protocol.title, "text": describe(protocol), "counts": counts, "rows": rows}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 
 from coherent_ddrm.errors import UserError
@@ -80,8 +81,8 @@ def score(
     device, (rank, world) = makers.device, ranks()
     networks, notes = find_networks(wanted, device, state)
     planner = makers.pipeline.structure if "segmentation_iou" in wanted.scores else None
-    published_at = wanted.published["counts"] if wanted.published else ()
-    scorer = Scorer(gallery, networks, wanted.scores, device, again, planner, published_at)
+    published_at = fid_counts(wanted.published) if wanted.published else ()
+    scorer = Scorer(gallery, networks, wanted.scores, device, again, planner, makers.identity, published_at)
     found = {kind: scorer.score(kind, labels, rank, world) for kind in gallery.kinds}
     if rank:
         return None
@@ -96,8 +97,8 @@ def score(
         said.append(f"reinpaint_*: {again.label} inpainted again{partial}; its own fills are the easier for it")
     if planner is not None:
         said.append("segmentation_iou: the labels are those of stage one, which has planned the fills of coherent, too")
-    if published_at and len(gallery.keys) not in published_at:
-        counts = " or ".join(f"{count:,}" for count in dict.fromkeys(published_at))
+    if wanted.published and len(gallery.keys) not in wanted.published["counts"].values():
+        counts = " or ".join(f"{count:,}" for count in dict.fromkeys(wanted.published["counts"].values()))
         said.append(
             f"{len(gallery.keys):,} pictures, {wanted.published['name']} has {counts}: scores of sets (FID, P-IDS, "
             "U-IDS) are not comparable with those of papers, the others only if these are a fair sample"
@@ -110,12 +111,22 @@ def score(
 def find_networks(
     wanted: Evaluation, device: torch.device, state: PartialState | None
 ) -> tuple[dict[str, nn.Module], list[str]]:
-    """What `available` finds; of several processes the first one alone fetches."""
-    find = partial(available, wanted.scores, wanted.weights)
-    if state is None:
-        return find(device, wanted.download)
-    notes = first_does(state, lambda: find("cpu", wanted.download)[1])
-    return find(device, download=False)[0], notes
+    """What `available` finds; of several processes on a machine the first one fetches.
+
+    Raises:
+        UserError: processes find different ones.
+    """
+    with state.local_main_process_first() if state else nullcontext():
+        networks, notes = available(wanted.scores, wanted.weights, device, wanted.download)
+    found = [sorted((name, net.identity) for name, net in networks.items())]
+    if state and any(other != found[0] for other in gather_object(found.copy())):
+        raise UserError("the processes find different networks to score with; give all machines the same --weights")
+    return networks, notes
+
+
+def fid_counts(published: Mapping[str, Any]) -> list[int]:
+    """Numbers of pictures at which papers report an FID that is shown here."""
+    return sorted({published["counts"][row["data"]] for row in published["rows"] if row["metric"] == "fid"})
 
 
 def check_scores(wanted: Evaluation) -> None:

@@ -129,13 +129,24 @@ class Gallery:
         """What `verify` found when these pictures and holes were made."""
         return read_json(self.folder / "hashes.json")
 
+    @cached_property
+    def _masks(self) -> dict[str, dict[str, list[Path]]]:
+        """Per kind, masks of one's own by their names in their folder, without suffix."""
+        found: dict[str, dict[str, list[Path]]] = {}
+        for kind, folder in self.kinds.items():
+            for file in sorted(folder.rglob("*")) if folder else ():
+                if file.suffix.lower() in MASK_SUFFIXES:
+                    name = str(file.relative_to(folder).with_suffix(""))
+                    found.setdefault(kind, {}).setdefault(name, []).append(file)
+            found.setdefault(kind, {})
+        return found
+
     def _make_hole(self, kind: str, masks: Path | None, key: str, name: str, shape: tuple[int, int]) -> np.ndarray:
         if masks is None:
             seed = (self.setting.seed, zlib.crc32(key.encode()))
             return make_hole(kind, *shape, seed=seed, area=(SMALLEST_HOLE, 1.0))
-        suffixes = [*MASK_SUFFIXES, *(suffix.upper() for suffix in MASK_SUFFIXES)]
-        files = [masks / f"{stem}{suffix}" for stem in dict.fromkeys((name, key)) for suffix in suffixes]
-        files = [file for file in files if file.is_file()]
+        there = self._masks[kind]
+        files = [file for stem in dict.fromkeys((name, key)) for file in there.get(stem, ())]
         if len(files) != 1:
             raise UserError(f"{masks}: {len(files)} masks named {name!r}; one is needed, as a lossless picture")
         hole = fit(read_hole(files[0]).astype(np.uint8), self.setting.size, labels=True) > 0

@@ -19,7 +19,7 @@ from PIL import Image
 from coherent_ddrm import __version__
 from coherent_ddrm.evaluation import plots, tables
 from coherent_ddrm.evaluation.gallery import Gallery
-from coherent_ddrm.evaluation.scores import TRUTH, write_csv
+from coherent_ddrm.evaluation.scores import TRUTH
 from coherent_ddrm.export import write_atomic
 from coherent_ddrm.images import read_image
 from coherent_ddrm.metrics import describe
@@ -71,7 +71,7 @@ def write_report(
         "published": published,
     }
     folder = gallery.folder
-    write_csv(folder / "scores.csv", results_of)
+    tables.write_csv(folder / "scores.csv", results_of)
     write_atomic(folder / "results.json", json.dumps(_plain(results), indent=1).encode() + b"\n")
     titles = {name: title(name) for name in [*names, *on_sets]}
     shown = [*chosen, *(name for name in IN_MARKDOWN if name in names and any(_mean_of(row, name) for row in summary))]

@@ -6,7 +6,6 @@ another program are scored as ours are.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -78,6 +77,7 @@ class Scorer:
         wanted: names of scores; those on pairs that need no network are always there, those of SLOW if they are named.
         again: the method that inpaints again, for reinpaint_known and reinpaint_invented.
         planner: stage one, which labels whole pictures, results and truths alike, for segmentation_iou.
+        checkpoint: what the planner is of, by its hash.
         published_at: numbers of pictures at which FID is given, however biased: those of a published protocol.
     """
 
@@ -89,10 +89,11 @@ class Scorer:
         device: torch.device,
         again: Method | None = None,
         planner: StructurePredictor | None = None,
+        checkpoint: str = "",
         published_at: Sequence[int] = (),
     ):
         self.gallery, self.networks, self.wanted, self.device = gallery, networks, wanted, device
-        self.again, self.planner, self.published_at = again, planner, list(published_at)
+        self.again, self.planner, self.checkpoint, self.published_at = again, planner, checkpoint, list(published_at)
         self.identities = {name: getattr(net, "identity", "") for name, net in sorted(networks.items())}
         self.extractors = {name: net for name, net in networks.items() if hasattr(net, "features")}
         self.hashes = gallery.hashes()
@@ -108,6 +109,7 @@ class Scorer:
         stamps = {label: self._stamp(label, kind) for label in labels}
         found = {label: self._kept(label, kind, stamps[label]) for label in labels}
         missing, mine = [label for label in labels if found[label] is None], self.gallery.keys[rank::world]
+        missing = missing if world == 1 else gather_object([missing])[0]  # what the first one says
         truths = _shared(self._measure(TRUTH, kind, mine, {}, bool(missing) and not self._real), world)
         self._real = self._real or truths.features
         for label in missing:
@@ -151,6 +153,7 @@ class Scorer:
         stamp |= {"holes": self.hashes[kind], "networks": self.identities, "slow": slow, "again": again}
         stamp["sets"] = sorted(name for name in self.wanted if network_of(name) in self.extractors)
         stamp["published_at"] = self.published_at
+        stamp["planner"] = self.checkpoint if "segmentation_iou" in slow else None
         return json.loads(json.dumps(stamp))
 
     # -- measuring -----------------------------------------------------------------------------------------------------
@@ -172,6 +175,8 @@ class Scorer:
             rows += self._rows(label, kind, batch, hole, scores, noted)
             for name, parts in features.items():
                 parts.append(self.extractors[name].features(candidates[0]).float().cpu())
+            if sum(kept.nbytes for kept in self._truths.values()) > ROOM:
+                self._truths.pop(tuple(batch), None)
         return Part(rows, {name: torch.cat(parts) for name, parts in features.items() if parts})
 
     def _results(
@@ -242,12 +247,10 @@ class Scorer:
         return rows
 
     def _truth(self, keys: Sequence[str]) -> Truth:
-        found = self._truths.get(tuple(keys))
-        if found is None:
-            found = Truth(self._read([self.gallery.folder / "truth" / f"{key}.png" for key in keys]), self.networks)
-            if sum(kept.nbytes for kept in self._truths.values()) < ROOM:
-                self._truths[tuple(keys)] = found
-        return found
+        if tuple(keys) not in self._truths:
+            pictures = self._read([self.gallery.folder / "truth" / f"{key}.png" for key in keys])
+            self._truths[tuple(keys)] = Truth(pictures, self.networks)
+        return self._truths[tuple(keys)]
 
     def _holes(self, kind: str, keys: Sequence[str]) -> Tensor:
         return torch.from_numpy(np.stack([self.gallery.hole(kind, key) for key in keys]))[:, None].to(self.device)
@@ -269,6 +272,8 @@ def _shared(part: Part, world: int) -> Part:
 def _merged(parts: Sequence[Part]) -> Part:
     """The pictures in their order: process r of n measured r, r + n, ..."""
     world, total = len(parts), sum(len(part.rows) for part in parts)
+    if len({frozenset(part.features) for part in parts if part.rows}) > 1:
+        raise RuntimeError("the processes have other networks to score with")
     rows: list[Any] = [None] * total
     features: dict[str, Tensor] = {}
     for rank, part in enumerate(parts):
@@ -276,17 +281,6 @@ def _merged(parts: Sequence[Part]) -> Part:
         for net, own in part.features.items():
             features.setdefault(net, own.new_empty(total, own.shape[1]))[rank::world] = own
     return Part(rows, features)
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """All rows as CSV, the facts first."""
-    names = [*FACTS, *dict.fromkeys(name for row in rows for name in row if name not in FACTS)]
-    beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    beside.replace(path)
 
 
 def _error(result: Tensor, truth: Tensor, hole: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,6 +97,17 @@ def _value(row: Row, name: str) -> str:
     if value is None or not np.isfinite(value):
         return "–"
     return f"{100 * value:.2f} %" if name in PERCENT else f"{value:.3g}"
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """All rows as CSV, the facts first."""
+    names = [*FACTS, *dict.fromkeys(name for row in rows for name in row if name not in FACTS)]
+    beside = path.with_name(f".{path.name}.tmp")
+    with open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    beside.replace(path)
 
 
 def markdown(summary: Sequence[Row], names: Sequence[str], titles: Mapping[str, str]) -> str:

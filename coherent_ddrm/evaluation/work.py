@@ -44,7 +44,11 @@ def claim(gallery: Gallery, label: str, facts: Mapping[str, Any]) -> None:
 
 
 def carry_out(gallery: Gallery, method: Method, batch: int, rank: int = 0, world: int = 1, quiet: bool = False) -> None:
-    """Fill what this process has to fill and has not yet. Results do not depend on batch, rank or world."""
+    """Fill what this process has to fill and has not yet.
+
+    Results do not depend on batch, rank or world; nfe and seconds noted are those of the batch (a line search, as
+    CoPaint's, goes on until its last picture is done).
+    """
     for kind in gallery.kinds:
         done = records(gallery, method.label, kind)
         mine = [key for key in gallery.keys[rank::world] if key not in done]
