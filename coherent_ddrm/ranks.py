@@ -1,7 +1,8 @@
-"""What the processes of a run agree on: numbers, signals, and what the first of them alone does."""
+"""The processes of a run: which one this is, what they agree on, and what the first of them alone does."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,6 +12,13 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 Result = TypeVar("Result")
+
+
+def launched() -> tuple[int, int]:
+    """(rank, number of processes) that torchrun or accelerate launched; (0, 1) without."""
+    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def agree(accelerator: Accelerator, value: Tensor, stop: bool) -> tuple[bool, bool]:

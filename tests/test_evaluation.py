@@ -25,7 +25,7 @@ from coherent_ddrm.evaluation.methods import Filled, Makers, Method
 from coherent_ddrm.evaluation.scores import Scorer
 from coherent_ddrm.evaluation.setting import Setting
 from coherent_ddrm.evaluation.work import carry_out, records
-from coherent_ddrm.images import read_image
+from coherent_ddrm.images import fit, read_image
 from coherent_ddrm.metrics import available
 
 COUNT = 6
@@ -110,6 +110,26 @@ def test_masks_of_ones_own(root, tmp_path):
     (tmp_path / "masks" / "photo 3.png").unlink()
     with pytest.raises(UserError, match="0 masks named 'photo 3'"):
         made(tmp_path / "out2", setting(root, masks=(f"left={tmp_path / 'masks'}",)))
+
+
+@pytest.mark.parametrize("resize, shown", [("crop", (32, 32)), ("stretch", (32, 32)), ("pad", (16, 32))])
+def test_a_protocols_rule_of_resizing_is_followed(tmp_path, resize, shown):
+    """A photograph of 64 x 32, its left half hidden; pad leaves a white border, which is known."""
+    for folder in ("photos", "masks"):
+        (tmp_path / folder).mkdir()
+    picture = Image.fromarray(np.asarray(make_picture(64, 64, seed=1))[:32])
+    picture.save(tmp_path / "photos" / "a.png")
+    hole = np.zeros((32, 64), np.uint8)
+    hole[:, :32] = 255
+    Image.fromarray(hole).save(tmp_path / "masks" / "a.png")
+    gallery = made(tmp_path / "out", setting(tmp_path, masks=(f"left={tmp_path / 'masks'}",), resize=resize))
+    assert (gallery.truth("a") == fit(np.asarray(picture), 32, resize)).all()
+    rows = gallery.hole("left", "a").any(axis=1)
+    assert rows.sum() == shown[0] and gallery.hole("left", "a")[rows].mean() == 0.5
+    assert (gallery.truth("a")[~rows] == 255).all()
+    Image.fromarray(hole[:, :50]).save(tmp_path / "masks" / "a.png")
+    with pytest.raises(UserError, match="50 x 32; a mask has the size of its picture, here 64 x 32, or is a square"):
+        made(tmp_path / "other", setting(tmp_path, masks=(f"left={tmp_path / 'masks'}",), resize=resize))
 
 
 def test_masks_and_pictures_of_any_name(tmp_path):
@@ -441,6 +461,8 @@ def test_two_processes_by_torchrun(root):
     command = [*launch, *words(root, "two", methods="telea")]
     done = subprocess.run(command, env=here, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    made_by = [(root / "two" / "results" / "telea" / "half" / f"record-{rank}.jsonl").read_text() for rank in (0, 1)]
+    assert [text.count("\n") for text in made_by] == [COUNT / 2] * 2
     ours = [row for row in scores(root / "report") if row["method"] == "telea"]
     for one, two in zip(ours, scores(root / "two"), strict=True):
         assert (one["key"], one["mask"], one["hole_hash"]) == (two["key"], two["mask"], two["hole_hash"])
@@ -522,6 +544,18 @@ def test_the_report_in_a_real_browser(root):
         visit.page.set_viewport_size({"width": 420, "height": 800})  # wide tables scroll, the page does not
         assert visit.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         visit.check()
+
+
+def test_memory_that_cannot_be_told_is_not_made_up(monkeypatch):
+    """Without leave to set the mark anew it would be that of all that ran before."""
+
+    def no_leave(file, *args, **options):
+        if file == "/proc/self/clear_refs":
+            raise PermissionError(file)
+        return open(file, *args, **options)
+
+    monkeypatch.setattr("coherent_ddrm.evaluation.methods.open", no_leave, raising=False)
+    assert noisy([]).fill(*pictures_and_holes(), [0, 0]).memory is None
 
 
 def test_memory_is_what_a_method_needs_above_what_was_there():

@@ -17,7 +17,7 @@ from coherent_ddrm.export import INDEX, default_checkpoint, read_facts
 
 MASKS = ("lama-thick", "half")
 METHODS = ("coherent", "ddnm")
-BASELINES = ("telea", "navier-stokes")  # which need no weights, are beside every method
+ALWAYS = ("telea", "navier-stokes")  # baselines beside every method
 SCORES = ("lpips_alex", "lpips_vgg", "fid", "kid", "p_ids", "u_ids")  # those that need a network and can be asked for;
 SCORES += ("pd-clothing", "fid-clothing", "fid_infinity-clothing", "kid-clothing")  # the others are always there
 
@@ -60,14 +60,15 @@ def understand(args: Namespace) -> Evaluation:
     if size < SMALLEST:
         raise UserError(f"--size {size}: pictures are scored from {SMALLEST} px")
     count = args.count or (max(one.count for one in protocol.data) if protocol else 0)
-    setting = Setting(str(args.data), masks, size, count, args.seed, args.candidates)
+    resize = protocol.resize if protocol else "crop"
+    setting = Setting(str(args.data), masks, size, count, args.seed, args.candidates, resize)
     scores = _words(args.scores) or (_of(protocol) if protocol else SCORES)
     small = ()
     if size < SMALLEST_ALEX and any(name.startswith("lpips_alex") for name in scores):
         scores = tuple(name for name in scores if not name.startswith("lpips_alex"))
         small = (f"left out: lpips_alex: its network takes pictures from {SMALLEST_ALEX} px, these have {size}",)
     results = parse_results(args.results)
-    baselines = () if args.no_baselines else tuple(name for name in BASELINES if name not in (*methods, *results))
+    baselines = () if args.no_baselines else tuple(name for name in ALWAYS if name not in (*methods, *results))
     return Evaluation(
         setting,
         methods,

@@ -19,9 +19,9 @@ from coherent_ddrm.evaluation.gallery import Gallery
 from coherent_ddrm.evaluation.methods import Makers, Method
 from coherent_ddrm.evaluation.report import write_report
 from coherent_ddrm.evaluation.scores import SLOW, TRUTH, Scorer
-from coherent_ddrm.evaluation.work import adopt, carry_out, claim, find_results, ranks
+from coherent_ddrm.evaluation.work import adopt, carry_out, claim, find_results
 from coherent_ddrm.metrics import available, network_of
-from coherent_ddrm.ranks import first_does
+from coherent_ddrm.ranks import first_does, launched
 
 PATIENCE = timedelta(days=7)  # for which a process waits for the slowest one
 FEW = 30  # pictures, below which bootstrap intervals are known to be too narrow
@@ -34,8 +34,9 @@ def evaluate(wanted: Evaluation) -> Path | None:
         UserError: something asked for is not there, or does not fit what the folder holds.
     """
     check_scores(wanted)
-    rank, world = ranks()
+    rank, world = launched()
     device = torch.device(wanted.device)
+    # accelerate's state is global to a program, which may train afterwards: it is made for several processes alone
     state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE) if world > 1 else None
     if state is not None and device.index is None:
         device = state.device  # a GPU for each process
@@ -78,7 +79,7 @@ def score(
     state: PartialState | None,
 ) -> Path | None:
     """Score all results, shared out over processes; the first one writes the report."""
-    device, (rank, world) = makers.device, ranks()
+    device, (rank, world) = makers.device, launched()
     networks, notes = find_networks(wanted, device, state)
     planner = makers.pipeline.structure if "segmentation_iou" in wanted.scores else None
     published_at = fid_counts(wanted.published) if wanted.published else ()

@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from coherent_ddrm.data import DataError, ShardDataset
 from coherent_ddrm.errors import UserError
 from coherent_ddrm.evaluation.setting import Setting
 from coherent_ddrm.export import read_json, write_atomic
-from coherent_ddrm.images import fit, read_hole, read_image, write_image
+from coherent_ddrm.images import fit, read_hole, read_image, read_size, write_image
 from coherent_ddrm.masks import MAKERS, make_hole
 from coherent_ddrm.own_pictures import list_pictures
 
@@ -40,6 +40,7 @@ class Source(NamedTuple):
 
     name: str  # its path in the data's folder without suffix; masks of one's own are named so
     read: Callable[[], np.ndarray]  # -> uint8 (R, R, 3)
+    shape: Callable[[], tuple[int, int]]  # (height, width) before it became a square
 
 
 class Gallery:
@@ -110,7 +111,7 @@ class Gallery:
             picture = pictures[key].read()
             write_image(self.folder / "truth" / f"{key}.png", picture)
             for kind, masks in self.kinds.items():
-                hole = self._make_hole(kind, masks, key, pictures[key].name, picture.shape[:2])
+                hole = self._make_hole(kind, masks, key, pictures[key])
                 write_image(self.folder / "holes" / kind / f"{key}.png", np.uint8(255) * hole)
                 write_image(self.folder / "given" / kind / f"{key}.png", np.where(hole[..., None], GREY, picture))
 
@@ -141,15 +142,22 @@ class Gallery:
             found.setdefault(kind, {})
         return found
 
-    def _make_hole(self, kind: str, masks: Path | None, key: str, name: str, shape: tuple[int, int]) -> np.ndarray:
+    def _make_hole(self, kind: str, masks: Path | None, key: str, source: Source) -> np.ndarray:
+        side, name = self.setting.size, source.name
         if masks is None:
             seed = (self.setting.seed, zlib.crc32(key.encode()))
-            return make_hole(kind, *shape, seed=seed, area=(SMALLEST_HOLE, 1.0))
+            return make_hole(kind, side, side, seed=seed, area=(SMALLEST_HOLE, 1.0))
         there = self._masks[kind]
         files = [file for stem in dict.fromkeys((name, key)) for file in there.get(stem, ())]
         if len(files) != 1:
             raise UserError(f"{masks}: {len(files)} masks named {name!r}; one is needed, as a lossless picture")
-        hole = fit(read_hole(files[0]).astype(np.uint8), self.setting.size, labels=True) > 0
+        mask, (height, width) = read_hole(files[0]), source.shape()
+        if mask.shape not in ((height, width), (mask.shape[0],) * 2):
+            raise UserError(
+                f"{files[0]}: {mask.shape[1]} x {mask.shape[0]}; a mask has the size of its picture, here {width} x "
+                f"{height}, or is a square, for the square that the picture becomes"
+            )
+        hole = fit(mask.astype(np.uint8), side, self.setting.resize, labels=True) == 1
         if not hole.any():
             raise UserError(f"{files[0]}: hides nothing; white = missing")
         return hole
@@ -165,11 +173,15 @@ def find_pictures(setting: Setting) -> dict[str, Source]:
     names = list_pictures(root)
     if not names:
         raise UserError(f"{root}: no pictures and no shards in there")
-    sources = [
-        Source(str(Path(name).with_suffix("")), lambda name=name: fit(read_image(root / name), setting.size))
-        for name in (names[i] for i in _spread(len(names), setting.count))
-    ]
-    return _by_key(root, sources)
+    read = lambda name: fit(read_image(root / name), setting.size, setting.resize)  # noqa: E731
+    chosen = [names[i] for i in _spread(len(names), setting.count)]
+    return _by_key(
+        root,
+        [
+            Source(str(Path(name).with_suffix("")), partial(read, name), partial(read_size, root / name))
+            for name in chosen
+        ],
+    )
 
 
 def _by_key(root: Path, sources: Sequence[Source]) -> dict[str, Source]:
@@ -194,7 +206,8 @@ def _in_shards(root: Path, setting: Setting) -> dict[str, Source]:
         raise UserError(f"{root}: pictures of {shards.resolution} px, {setting.size} are wanted; give the photographs")
     read = lambda i: shards.batch(np.array([i]))["image"][0]  # noqa: E731
     chosen = _spread(len(shards), setting.count)
-    return _by_key(root, [Source(_key(shards.key(i)), lambda i=i: read(i)) for i in chosen])
+    shape = lambda: (setting.size, setting.size)  # noqa: E731
+    return _by_key(root, [Source(_key(shards.key(i)), partial(read, i), shape) for i in chosen])
 
 
 def hash_of(files: Sequence[Path]) -> str:

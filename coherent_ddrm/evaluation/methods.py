@@ -190,8 +190,9 @@ class Gauge:
         try:
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")  # starts the high-water mark anew
-        except OSError:
-            pass
+        except OSError:  # then the mark is that of all that ran before, which tells nothing of this
+            self.before = None
+            return
         self.before = _of_this_process("VmRSS")
 
     def read(self) -> float | None:

@@ -263,10 +263,8 @@ def find_protocol(text: str) -> Protocol:
         UserError: there is none, with the nearest name, or it has no such set.
     """
     name, _, data = text.partition(":")
-    if name in PROTOCOLS and data:
-        return _on(PROTOCOLS[name], data)
     if name in PROTOCOLS:
-        return PROTOCOLS[name]
+        return _on(PROTOCOLS[name], data) if data else PROTOCOLS[name]
     near = difflib.get_close_matches(name, PROTOCOLS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UserError(f"unknown protocol {name!r}.{hint} Known: {', '.join(PROTOCOLS)}")
@@ -285,13 +283,11 @@ def published_table(protocol: Protocol, mask: str, data: str | None = None) -> d
 
     `data` names one of the protocol's sets; without it the first.
     """
-    data = data or protocol.data[0].name
-    for value, known, kind in ((mask, protocol.masks, "holes"), (data, [d.name for d in protocol.data], "pictures")):
-        if value not in known:
-            raise UserError(f"protocol {protocol.name} has no {kind} {value!r}: choose one of {', '.join(known)}")
+    if mask not in protocol.masks:
+        raise UserError(f"protocol {protocol.name} has no holes {mask!r}: choose one of {', '.join(protocol.masks)}")
     table: dict[str, dict[str, Published]] = {}
-    for row in protocol.published:
-        if (row.mask, row.data) == (mask, data):
+    for row in _on(protocol, data or protocol.data[0].name).published:
+        if row.mask == mask:
             table.setdefault(row.method, {})[row.metric] = row
     return table
 

@@ -74,8 +74,8 @@ def write_report(
     tables.write_csv(folder / "scores.csv", results_of)
     write_atomic(folder / "results.json", json.dumps(_plain(results), indent=1).encode() + b"\n")
     titles = {name: title(name) for name in [*names, *on_sets]}
-    shown = [*chosen, *(name for name in IN_MARKDOWN if name in names and any(_mean_of(row, name) for row in summary))]
-    columns = [*shown, *(name for name in on_sets if "_spread" not in name)]
+    more = [name for name in IN_MARKDOWN if name in names and any(tables.mean_of(row, name) for row in summary)]
+    columns = [*chosen, *more, *(name for name in on_sets if "_spread" not in name)]
     write_atomic(folder / "results.md", tables.markdown(summary, columns, titles).encode())
     page = _template().render(
         results=results,
@@ -106,7 +106,7 @@ def best_values(summary: Sequence[Row], names: Sequence[str]) -> dict[tuple[str,
     best = {}
     for mask in {row["mask"] for row in summary}:
         for name in names:
-            values = {row["method"]: _mean_of(row, name) for row in summary if row["mask"] == mask}
+            values = {row["method"]: tables.mean_of(row, name) for row in summary if row["mask"] == mask}
             aim, better = values.pop(TRUTH, None), describe(name).better
             found = [value for value in values.values() if value is not None and np.isfinite(value)]
             if not found or better == "none" or (better == "truth" and aim is None):
@@ -187,18 +187,12 @@ def _sheet(lines: Sequence[Sequence[np.ndarray]], titles: Sequence[str], labels:
     return f"data:image/{kind};base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def _mean_of(row: Row, name: str) -> float | None:
-    if name in row["sets"]:
-        return row["sets"][name]
-    return row["scores"][name]["mean"] if name in row["scores"] else None
-
-
 def _template() -> Any:
     environment = Environment(
         loader=PackageLoader("coherent_ddrm.evaluation", "."), autoescape=True, undefined=StrictUndefined
     )
     environment.filters["number"] = _number
-    environment.globals["mean_of"] = _mean_of
+    environment.globals["mean_of"] = tables.mean_of
     return environment.get_template("report.html")
 
 

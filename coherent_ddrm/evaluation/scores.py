@@ -68,6 +68,11 @@ class Part:
     rows: list[list[dict[str, Any]]]  # per picture, of each candidate
     features: dict[str, Tensor]  # (N, d) by network, of the first candidates
 
+    @property
+    def flat(self) -> list[dict[str, Any]]:
+        """The rows of all results."""
+        return [row for candidates in self.rows for row in candidates]
+
 
 class Scorer:
     """Scores results of a gallery.
@@ -119,10 +124,10 @@ class Scorer:
             sets, notes = {}, []
             if self.extractors:
                 sets, notes = score_sets(self.wanted, self._real, whole.features, self.published_at)
-            found[label] = Scores([row for rows in whole.rows for row in rows], sets, notes)
+            found[label] = Scores(whole.flat, sets, notes)
             kept = {"stamp": stamps[label]} | asdict(found[label])
             write_atomic(self._file(label, kind), json.dumps(kept).encode())
-        return {} if rank else {TRUTH: Scores([row for rows in truths.rows for row in rows], {}, [])} | found
+        return {} if rank else {TRUTH: Scores(truths.flat, {}, [])} | found
 
     # -- what was measured before --------------------------------------------------------------------------------------
 

@@ -13,3 +13,4 @@ class Setting:
     count: int  # pictures, spread evenly over the data; 0 = all
     seed: int
     candidates: int = 1  # results per picture and hole
+    resize: str = "crop"  # how a photograph becomes a square: a policy of images.fit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from coherent_ddrm.evaluation.published import PERCENT
 from coherent_ddrm.evaluation.scores import COSTS, FACTS, TRUTH
 from coherent_ddrm.evaluation.statistics import AREA_BINS, difference, holm, interval
+from coherent_ddrm.export import write_atomic
 
 Row = Mapping[str, Any]
 
@@ -91,9 +93,14 @@ def beside_papers(summary: Sequence[Row], published: Sequence[Row]) -> list[dict
     return found
 
 
+def mean_of(row: Row, name: str) -> float | None:
+    """A summary's score, of the whole set or the mean over pictures; None where there is none."""
+    return row["sets"].get(name, row["scores"].get(name, {}).get("mean"))
+
+
 def _value(row: Row, name: str) -> str:
     """A score as papers print it, a dash where there is none."""
-    value = row["sets"].get(name, row["scores"].get(name, {}).get("mean"))
+    value = mean_of(row, name)
     if value is None or not np.isfinite(value):
         return "–"
     return f"{100 * value:.2f} %" if name in PERCENT else f"{value:.3g}"
@@ -102,12 +109,11 @@ def _value(row: Row, name: str) -> str:
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """All rows as CSV, the facts first."""
     names = [*FACTS, *dict.fromkeys(name for row in rows for name in row if name not in FACTS)]
-    beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    beside.replace(path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode())
 
 
 def markdown(summary: Sequence[Row], names: Sequence[str], titles: Mapping[str, str]) -> str:

@@ -105,13 +105,6 @@ def records(gallery: Gallery, label: str, kind: str) -> dict[str, dict]:
     return found
 
 
-def ranks() -> tuple[int, int]:
-    """(rank, number of processes) that torchrun or accelerate launched; (0, 1) without."""
-    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
 # -- pictures of another program ---------------------------------------------------------------------------------------
 
 

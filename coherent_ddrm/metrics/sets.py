@@ -37,11 +37,12 @@ def score_sets(
                 if name != "fid" or len(ours[0]) not in published_at:
                     _refuse_few(*ours)
                 scores[name] = fid(*ours)
-                notes += _bias(name, *ours)
+                notes += _few(name, *ours, 10, "biased upwards, comparable at this count alone")
             elif base in ("kid", "fid_infinity"):
                 value, spread, _ = (kid if base == "kid" else fid_infinity)(*ours, paired=True)
                 scores[name], scores[name.replace(base, base + "_spread", 1)] = value, spread
-                notes += _rest(name, *ours) if base == "fid_infinity" else []
+                if base == "fid_infinity":
+                    notes += _few(name, *ours, 8, "some of the bias may be left in it")
             else:
                 if network not in discriminative:
                     discriminative[network] = discriminative_scores(*ours)
@@ -61,15 +62,7 @@ def _refuse_few(real: Tensor, fake: Tensor) -> None:
         )
 
 
-def _rest(name: str, real: Tensor, fake: Tensor) -> list[str]:
+def _few(name: str, real: Tensor, fake: Tensor, enough: int, what: str) -> list[str]:
+    """A note on a score of fewer than `enough` pictures per feature."""
     count, dimensions = min(len(real), len(fake)), real.shape[1]
-    if count >= 8 * dimensions:
-        return []
-    return [f"{name}: {count} pictures at {dimensions} features: some of the bias may be left in it"]
-
-
-def _bias(name: str, real: Tensor, fake: Tensor) -> list[str]:
-    count, dimensions = min(len(real), len(fake)), real.shape[1]
-    if count >= 10 * dimensions:
-        return []
-    return [f"{name}: {count} pictures at {dimensions} features: biased upwards, comparable at this count alone"]
+    return [] if count >= enough * dimensions else [f"{name}: {count} pictures at {dimensions} features: {what}"]

@@ -46,14 +46,14 @@ def create(
     prompt: str = PROMPT,
 ) -> Study:
     """Write a study to `folder`, which must not exist yet or be empty. UserError or ImageError for what cannot be."""
-    matched = match(sources)
-    methods = list(sources.results)
-    most = len(matched) * len(methods) * (len(methods) - 1) // 2
-    if questions > most:
-        raise UserError(f"--questions {questions}: these pictures and methods give only {most} comparisons")
-    shares = {files.name: _hole_share(files) for files in matched}
-    widest = sorted(shares, key=lambda name: -shares[name])[: max(1, len(shares) // 2)]  # where a broken hole shows
     with new_folder(folder) as temporary:
+        matched = match(sources)
+        methods = list(sources.results)
+        most = len(matched) * len(methods) * (len(methods) - 1) // 2
+        if questions > most:
+            raise UserError(f"--questions {questions}: these pictures and methods give only {most} comparisons")
+        shares = {files.name: _hole_share(files) for files in matched}
+        widest = sorted(shares, key=lambda name: -shares[name])[: max(1, len(shares) // 2)]  # where a broken hole shows
         (temporary / PICTURES).mkdir()
         pictures = [_write(files, temporary / PICTURES, bool(catches) and files.name in widest) for files in matched]
         try:
