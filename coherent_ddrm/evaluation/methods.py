@@ -176,7 +176,7 @@ def _check(name: str, options: Mapping[str, Any]) -> None:
 
 class Gauge:
     """The most memory in use since it was made, beside what was then: of a CUDA device, else of this process where
-    Linux tells it."""
+    Linux tells it. What was there before and goes meanwhile (garbage) hides as much."""
 
     def __init__(self, device: torch.device | None):
         self.cuda = device is not None and device.type == "cuda"
